@@ -1,0 +1,27 @@
+"""Every test runs on eight forced CPU devices, with strict dtype promotion."""
+
+import os
+
+# Before jax starts: it reads these once.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+    """Runs the test in double precision."""
+    with jax.enable_x64(True):
+        yield
