@@ -1,0 +1,242 @@
+"""Where agents run: one program over the agent axis, on one device or many.
+
+A *program* is a function `program(axis, agents, shared)` written for a block of agents. It sees
+the other agents only through `axis`, so the same program runs on every backend:
+
+- `loop`: one device, agents unrolled one after the other;
+- `vmap`: one device, agents vectorised;
+- `pmap`: a block of agents on each device, itself run by `loop` or `vmap`.
+
+This is the only module that names `jax.pmap`. pmap is in maintenance mode (JAX 0.8 changelog); a
+port to `jax.shard_map` would replace `Parallel.compile` and nothing else.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixlab import trees
+from mixlab.types import Array, PyTree
+
+BACKENDS = ("loop", "vmap", "pmap")
+_DEVICES = "devices"  # pmap's axis name; every collective of this module reduces over it
+
+
+class Axis(NamedTuple):
+    """The agent axis, as a program for a block of k of the A agents sees it.
+
+    Attributes:
+        ids: int32 [k], which agents these are.
+        each: `each(fn)(*trees)` maps `fn` over the leading axis k of the trees.
+        gather: `gather(tree)` turns leaves [k, ...] of the block into [A, ...] of all agents.
+    """
+
+    ids: Array
+    each: Callable[[Callable[..., Any]], Callable[..., Any]]
+    gather: Callable[[PyTree], PyTree]
+
+
+Program = Callable[[Axis, Any, Any], Any]
+
+
+def _loop(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """As `jax.vmap(fn)`, but unrolled: no operation of `fn` is batched over agents.
+
+    A convolution that is vmapped over its kernels becomes a grouped one, which XLA runs about
+    ten times slower on CPU.
+    """
+
+    def mapped(*args: PyTree) -> PyTree:
+        size = trees.leading_size(args)
+        results = [fn(*jax.tree.map(lambda x: x[i], args)) for i in range(size)]  # noqa: B023
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    return mapped
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A backend for `num_agents` agents.
+
+    Attributes:
+        num_agents: A, at least 1.
+        backend: "loop", "vmap" or "pmap" (see the module's docstring).
+        per_device: how the agents of one device run, "loop" or "vmap"; only "pmap" has a choice.
+        devices: the devices to use; the agents are spread over them evenly, in order.
+    """
+
+    num_agents: int
+    backend: str
+    per_device: str
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def per_block(self) -> int:
+        """Agents on one device."""
+        return self.num_agents // len(self.devices)
+
+    @property
+    def _mesh(self) -> Mesh:
+        return Mesh(np.array(self.devices), (_DEVICES,))
+
+    def put(self, tree: PyTree) -> PyTree:
+        """Lays host leaves [A, ...] out over the devices, as `compile`d programs take them."""
+        sharding = NamedSharding(self._mesh, PartitionSpec(_DEVICES))
+        return jax.tree.map(lambda x: jax.device_put(self._blocks(x), sharding), tree)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Copies a tree to every device once, for use as the `shared` argument of programs."""
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def get(self, tree: PyTree) -> PyTree:
+        """Brings leaves back to the host as NumPy arrays [A, ...]: the inverse of `put`."""
+        # The copy matters: on CPU, NumPy would look at memory that the next step overwrites.
+        return jax.tree.map(
+            lambda x: np.array(x).reshape(self.num_agents, *x.shape[2:]), jax.device_get(tree)
+        )
+
+    def compile(self, program: Program, *, donate: bool = False) -> Callable[[Any, Any], Any]:
+        """Compiles a program.
+
+        Args:
+            program: `program(axis, agents, shared) -> result`, every leaf of `agents` and of the
+                result with the block's leading axis k.
+            donate: whether the memory of `agents` may be reused for the result.
+
+        Returns:
+            `run(agents, shared)`, for `agents` in the layout of `put`.
+        """
+        each = _loop if self.per_device == "loop" else jax.vmap
+        size = self.per_block
+
+        def block(agents: PyTree, shared: PyTree) -> PyTree:
+            if self.backend == "pmap":
+                first = jax.lax.axis_index(_DEVICES) * size
+                return program(Axis(first + jnp.arange(size), each, _gather), agents, shared)
+            axis = Axis(jnp.arange(size), each, lambda tree: tree)
+            result = program(axis, jax.tree.map(lambda x: x[0], agents), shared)
+            return jax.tree.map(lambda x: x[None], result)
+
+        donated = (0,) if donate else ()
+        if self.backend != "pmap":
+            return jax.jit(block, donate_argnums=donated)
+        mapped = jax.pmap(
+            block, _DEVICES, in_axes=(0, None), devices=self.devices, donate_argnums=donated
+        )
+        if self.devices[0].platform != "cpu":
+            return mapped
+        # Forced CPU devices share one small thread pool. Were two programs with collectives in
+        # flight, threads of both could wait for partners that never get a thread.
+        return lambda agents, shared: jax.block_until_ready(mapped(agents, shared))
+
+    def _blocks(self, x: Any) -> np.ndarray | Array:
+        array = x if isinstance(x, jax.Array) else np.asarray(x)
+        return array.reshape(len(self.devices), self.per_block, *array.shape[1:])
+
+    def __str__(self) -> str:
+        kind = self.devices[0].platform
+        if self.backend != "pmap":
+            return f"{self.num_agents} agents on 1 {kind} device ({self.backend})"
+        inside = f" by {self.per_device}" if self.per_block > 1 else ""
+        return (
+            f"{self.num_agents} agents on {len(self.devices)} {kind} devices (pmap, "
+            f"{self.per_block} a device{inside})"
+        )
+
+
+def _gather(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, _DEVICES, tiled=True), tree)
+
+
+def parallel(
+    num_agents: int,
+    backend: str = "pmap",
+    *,
+    per_device: str = "auto",
+    num_devices: int | None = None,
+) -> Parallel:
+    """Chooses the devices for `num_agents` agents.
+
+    Args:
+        num_agents: A >= 1.
+        backend: "loop", "vmap" or "pmap".
+        per_device: "loop", "vmap" or "auto": "vmap" on accelerators, "loop" on CPU, where a
+            vmapped convolution is about ten times slower.
+        num_devices: how many devices pmap uses; by default the largest number of them that
+            divides A.
+
+    Raises:
+        ValueError: an unknown name, no agents, more devices than there are, or a number of
+            agents that does not divide evenly over the devices.
+    """
+    if num_agents < 1:
+        raise ValueError(f"agents must be at least 1, got {num_agents}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if per_device not in ("auto", "loop", "vmap"):
+        raise ValueError(f"per_device must be auto, loop or vmap, got {per_device!r}")
+    devices = jax.local_devices()
+    if backend != "pmap":
+        if per_device not in ("auto", backend):
+            raise ValueError(
+                f"per_device={per_device!r} is for backend 'pmap'; the backend is {backend!r}"
+            )
+        return Parallel(num_agents, backend, backend, (devices[0],))
+    if num_devices is None:
+        num_devices = largest_divisor(num_agents, len(devices))
+    if not 1 <= num_devices <= len(devices):
+        raise ValueError(
+            f"devices={num_devices} asked for, but there are {len(devices)} "
+            f"{devices[0].platform} devices; use at most that many"
+        )
+    if num_agents % num_devices:
+        raise ValueError(
+            f"{num_agents} agents cannot be spread evenly over {num_devices} devices; use a "
+            f"multiple of {num_devices} agents, or devices={largest_divisor(num_agents, num_devices)}"
+        )
+    if per_device == "auto":
+        per_device = "loop" if devices[0].platform == "cpu" else "vmap"
+    return Parallel(num_agents, backend, per_device, tuple(devices[:num_devices]))
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`."""
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def force_cpu_devices(num_agents: int) -> int:
+    """Splits the CPU into one device an agent, 8 at most or one a core if there are more.
+
+    Call it before JAX starts its backends: the environment is read once. It changes nothing
+    where XLA_FLAGS already forces a number of devices.
+
+    Returns:
+        The number of CPU devices.
+    """
+    flag = "--xla_force_host_platform_device_count="
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag in flags:
+        return int(flags.split(flag)[1].split()[0])
+    count = largest_divisor(num_agents, max(8, os.cpu_count() or 1))
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}{count}".strip()
+    os.environ.setdefault("PJRT_NPROC", str(4 * count))
+    return count
+
+
+def host_callbacks_are_safe(backend: Parallel) -> bool:
+    """Whether a compiled program may call back to Python on this backend.
+
+    A callback on CPU needs a free thread of the pool in which the devices themselves run; with as
+    many forced devices as threads it would wait for ever (seen with JAX 0.10). `force_cpu_devices`
+    sets PJRT_NPROC, the size of that pool, well above the number of devices.
+    """
+    if backend.devices[0].platform != "cpu":
+        return False
+    threads = int(os.environ.get("PJRT_NPROC", os.cpu_count() or 1))
+    return backend.backend != "pmap" or threads >= 2 * len(backend.devices)
