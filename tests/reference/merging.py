@@ -82,23 +82,45 @@ def ties_reduce(trimmed, sign, reduce):
     return out
 
 
-def ties_vector(taus, density, reduce="mean"):
-    """The merged task vector of [T, d]."""
-    trimmed = np.where(ties_trim(taus, density), taus, 0)
-    return ties_reduce(trimmed, ties_elect(trimmed), reduce)
-
-
 def ties(models, base, density, scale, scope="model", reduce="mean"):
-    """TIES over the whole flattened model, or over each leaf by itself."""
+    """TIES; `scope` says whether magnitudes are ranked over the whole model or in each leaf."""
     taus = [task_vector(m, base) for m in models]
     if scope == "model":
-        merged = unflatten(ties_vector(np.stack([flatten(t) for t in taus]), density, reduce), base)
+        mask = ties_trim(np.stack([flatten(tau) for tau in taus]), density)
     else:
-        merged = {}
-        for name in base:
-            rows = np.stack([t[name].ravel() for t in taus])
-            merged[name] = ties_vector(rows, density, reduce).reshape(base[name].shape)
+        masks = {
+            name: ties_trim(np.stack([tau[name].ravel() for tau in taus]), density) for name in base
+        }
+        mask = np.concatenate([masks[name] for name in sorted(base)], axis=1)
+    trimmed = np.where(mask, np.stack([flatten(tau) for tau in taus]), 0)
+    merged = unflatten(ties_reduce(trimmed, ties_elect(trimmed), reduce), base)
     return {name: base[name] + scale * merged[name] for name in base}
+
+
+def ties_mergekit(models, base, density, scale, weights, normalize=True):
+    """mergekit's TIES, leaf by leaf.
+
+    Keeps exactly `int(density size)` entries, weighs before the election, counts an undecided sign
+    as plus, and divides by the weights of the models that agree.
+    """
+    merged = {}
+    for name in base:
+        size = base[name].size
+        taus = np.stack([task_vector(m, base)[name].ravel() for m in models])
+        for row in taus:
+            row[np.argsort(np.abs(row))[: size - int(density * size)]] = 0
+        weighted = taus * np.asarray(weights, np.float64)[:, None]
+        total, divisor = np.zeros(size), np.zeros(size)
+        for j, column in enumerate(weighted.T):
+            sign = 1 if column.sum() >= 0 else -1
+            for value, weight in zip(column, weights, strict=True):
+                if np.sign(value) == sign:
+                    total[j] += value
+                    divisor[j] += weight
+        if normalize:
+            total = total / np.where(np.abs(divisor) < 1e-8, 1, divisor)
+        merged[name] = base[name] + scale * total.reshape(base[name].shape)
+    return merged
 
 
 def slerp_vector(t, a, b, parallel=0.9995, eps=1e-8):
@@ -128,23 +150,22 @@ def fisher_merge(models, fishers, weights=None, floor=1e-6, normalize=False, flo
         fishers: dicts of diagonal Fisher information, all >= 0.
         weights: c, divided by their sum.
         floor: keeps the denominator away from zero.
-        normalize: divides c_j by the norm of F_j over all leaves (before the floor); "added" then
-            uses 1 / (norm + 1e-6), and brings c back to sum 1.
-        floor_mode: "max" is max(F, floor) in every model, "target" in the first model only, and
-            "added" is F + floor in every model.
+        normalize: divides c_j by the norm of F_j over all leaves, taken before the floor.
+        floor_mode: "max" is max(F, floor) in every model, "first" in the first model only, and
+            "add" is F + floor in every model (there the norm is kept from zero by 1e-6).
     """
     c = np.ones(len(models)) if weights is None else np.asarray(weights, np.float64)
     c = c / c.sum()
     if normalize:
         norms = np.array([np.linalg.norm(flatten(f)) for f in fishers])
-        c = c / norms if floor_mode != "added" else c / (norms + 1e-6)
+        c = c / (norms + 1e-6 if floor_mode == "add" else norms)
         c = c / c.sum()
     merged = {}
     for name in models[0]:
         top = bottom = 0.0
         for j, (model, fisher) in enumerate(zip(models, fishers, strict=True)):
             f = fisher[name].astype(np.float64)
-            if floor_mode == "added":
+            if floor_mode == "add":
                 f = f + floor
             elif floor_mode == "max" or j == 0:
                 f = np.maximum(f, floor)

@@ -72,6 +72,21 @@ def test_ties(k):
     assert_trees_close(merged, tree(vectors, case))
 
 
+@pytest.mark.parametrize("density", ["0.2", "0.6"])
+def test_ties_mergekit(density):
+    base, models = inputs()
+    vectors, meta = load("public_ties")
+    for normalize in (True, False):
+        case = f"ties/mergekit/density={density}/normalize={normalize}"
+        merged = merging.ties_mergekit(
+            models, base, float(density), meta[case]["lam"], meta[case]["weights"], normalize
+        )
+        assert_trees_close(merged, tree(vectors, case))
+    case = f"ties/mergekit/density={density}/unit_weights"
+    merged = merging.ties_mergekit(models, base, float(density), 1.0, np.ones(4))
+    assert_trees_close(merged, tree(vectors, case))
+
+
 @pytest.mark.parametrize("k", ["25", "50", "75", "0.5"])
 def test_ties_edge(k):
     vectors, _ = load("public_ties")
@@ -88,6 +103,14 @@ def test_ties_edge(k):
             vectors[f"ties_edge/K={k}/dis-{reduce}"],
             atol=ATOL,
         )
+
+
+def test_ties_mergekit_counts_undecided_signs_as_plus():
+    vectors, _ = load("public_ties")
+    models = [{"x": delta} for delta in vectors["ties_edge/deltas"]]
+    base = {"x": np.zeros(8, np.float32)}
+    merged = merging.ties_mergekit(models, base, 1.0, 1.0, np.ones(3))
+    assert_trees_close(merged, tree(vectors, "ties_edge/mergekit/density=1"))
 
 
 def test_ties_trim_to_nothing_keeps_the_largest():
@@ -139,7 +162,7 @@ def test_fisher():
                 settings["coefficients"],
                 settings["floor"],
                 "normalize=True" in case,
-                floor_mode="added",
+                floor_mode="add",
             )
             assert_trees_close(merged, tree(added, case), err_msg=case)
     for case, settings in meta_official.items():
@@ -150,7 +173,7 @@ def test_fisher():
                 settings["coefficients"],
                 settings["fisher_floor"],
                 settings["normalize_fishers"],
-                floor_mode="target" if settings["favor_target_model"] else "max",
+                floor_mode="first" if settings["favor_target_model"] else "max",
             )
             assert_trees_close(merged, tree(official, case), err_msg=case)
 
