@@ -1,0 +1,128 @@
+"""Convolutional networks with batch normalisation."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mixlab.models.common import images, logits
+from mixlab.types import Array
+
+
+def _conv(features: int, dtype: Any, strides: int = 1) -> nn.Module:
+    # Padding of one on each side, as the references have it: "SAME" pads a strided convolution
+    # unevenly.
+    return nn.Conv(
+        features,
+        (3, 3),
+        (strides, strides),
+        padding=1,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        dtype=dtype,
+    )
+
+
+def _norm(train: bool, dtype: Any) -> nn.Module:
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
+
+
+class CNN(nn.Module):
+    """A small network for small images: 3x3 convolutions, each with BatchNorm and ReLU.
+
+    A stage is two convolutions, of which the second halves the image; the last
+    stage is flattened into a dense layer: on digits the positions matter, and their mean learns
+    far more slowly. The running statistics are in `batch_stats`.
+
+    Attributes:
+        num_classes: width of the output.
+        features: channels of each stage.
+        dtype: of the computation; parameters, statistics and logits are float32.
+    """
+
+    num_classes: int
+    features: tuple[int, ...] = (16, 32, 64)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Maps images [B, H, W, C] to logits float32 [B, num_classes].
+
+        Args:
+            x: float images of any size and channel count.
+            train: normalise by the batch's own statistics and update the running ones.
+        """
+        x = images(x, self.dtype)
+        for width in self.features:
+            for strides in (1, 2):
+                x = _conv(width, self.dtype, strides)(x)
+                x = nn.relu(_norm(train, self.dtype)(x))
+        return logits(x.reshape(x.shape[0], -1), self.num_classes)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; ReLU after the sum.
+
+    The shortcut is the identity where input and output have one shape, elsewhere a 3x3
+    convolution with BatchNorm.
+
+    Attributes:
+        features: channels of the output.
+        strides: of the first convolution.
+        dtype: of the computation.
+    """
+
+    features: int
+    strides: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
+        y = _conv(self.features, self.dtype, self.strides)(x)
+        y = nn.relu(_norm(train, self.dtype)(y))
+        y = _norm(train, self.dtype)(_conv(self.features, self.dtype)(y))
+        if self.strides > 1 or x.shape[-1] != self.features:
+            x = _norm(train, self.dtype)(_conv(self.features, self.dtype, self.strides)(x))
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """The residual network for small images, by default ResNet-20.
+
+    He et al. 2016, "Deep residual learning for image recognition", s. 4.2: a 3x3 stem without
+    pooling, stages of 16, 32 and 64 channels, the latter two halving the image, global average
+    pooling. Where a stage changes the shape, the shortcut is a 3x3 convolution with BatchNorm, as
+    in DIMAT (Saadati et al. 2024), not the paper's zero padding; ReLU follows the sum. The
+    running statistics (momentum 0.9) are in `batch_stats`.
+
+    Attributes:
+        num_classes: width of the output.
+        width: multiplies the channels, 8 in DIMAT's CIFAR runs; fractions are rounded.
+        blocks: blocks of each stage; `(3, 3, 3)` is ResNet-20, `(9, 9, 9)` ResNet-56.
+        dtype: of the computation; parameters, statistics and logits are float32.
+    """
+
+    num_classes: int
+    width: float = 1
+    blocks: tuple[int, ...] = (3, 3, 3)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Maps images [B, H, W, C] to logits float32 [B, num_classes].
+
+        Args:
+            x: float images of any size and channel count.
+            train: normalise by the batch's own statistics and update the running ones.
+        """
+        channels = [round(16 * self.width * 2**stage) for stage in range(len(self.blocks))]
+        if min(channels) < 1:
+            raise ValueError(f"width={self.width} leaves a stage without channels: {channels}")
+        x = images(x, self.dtype)
+        x = nn.relu(_norm(train, self.dtype)(_conv(channels[0], self.dtype)(x)))
+        for stage, (features, count) in enumerate(zip(channels, self.blocks, strict=True)):
+            for block in range(count):
+                strides = 2 if stage > 0 and block == 0 else 1
+                x = Block(features, strides, self.dtype)(x, train=train)
+        return logits(x.mean((1, 2)), self.num_classes)
