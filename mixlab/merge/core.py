@@ -1,0 +1,361 @@
+"""What every way to merge shares: the two halves of a method, and the rules for leaves.
+
+A method sees models only as `Leaves`: named arrays that are read one at a time. `measure` maps
+over them and adds up what it finds, `combine` works leaf by leaf. So models whose leaves are
+memory-mapped files merge in the memory of one leaf, by the same code that merges arrays.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixlab import trees
+from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeMethod:
+    """A way to merge models, in two halves: decide, then apply.
+
+    `measure(models, base, key, **inputs) -> plan` takes all the decisions (thresholds, elected
+    signs, coefficients); the plan is a plain pytree that can be printed, saved and replayed.
+    `combine(plan, models, base) -> params` applies them leaf by leaf: on a tree that holds some of
+    the leaves, under the same names, it gives those leaves of the merged model.
+
+    Both are pure and run under `jit` and `vmap`; `jax.jit(method)` works.
+    """
+
+    measure: Callable[..., Plan]
+    combine: Callable[..., PyTree]
+
+    def __call__(
+        self,
+        models: PyTree,
+        *,
+        base: PyTree | None = None,
+        key: Key | None = None,
+        **inputs: Any,
+    ) -> PyTree:
+        """Merges.
+
+        Args:
+            models: a list (or plain tuple) of M pytrees of one structure, or one pytree, of any
+                other outermost container, whose leaves are stacked along a leading axis M.
+            base: the model that the others were fine-tuned from, where the method needs one. Its
+                integer, bool and None leaves are the ones that the merged model gets; without a
+                base they come from the first model.
+            key: a PRNG key, where the method draws.
+            **inputs: what else the method measures, e.g. `fishers=`.
+
+        Returns:
+            The merged model: structure, shapes and dtypes of one model.
+
+        Raises:
+            ValueError: the models or the base do not match; the message names the leaf.
+            TypeError: an input that the method does not take.
+        """
+        return self.combine(self.measure(models, base, key, **inputs), models, base)
+
+
+class LeafSpec(NamedTuple):
+    """Shape and dtype of a leaf."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """Named leaves, each read anew whenever it is asked for.
+
+    Attributes:
+        specs: by name, the shape and dtype of a leaf of one model, in the dtype it is computed in.
+        num_models: M.
+        read: gives the leaf of a name, most often stacked as `[M, ...]`.
+    """
+
+    specs: dict[str, LeafSpec]
+    num_models: int
+    read: Callable[[str], Any]
+
+    @property
+    def size(self) -> int:
+        """How many entries one model has in these leaves."""
+        return sum(int(np.prod(spec.shape)) for spec in self.specs.values())
+
+    def map(self, fn: Callable[[str, Any], Any]) -> "Leaves":
+        """Leaves that read as `fn(name, leaf)`; nothing is computed until they are read."""
+        return dataclasses.replace(self, read=lambda name: fn(name, self.read(name)))
+
+    def only(self, name: str) -> "Leaves":
+        """The leaf `name` alone."""
+        return dataclasses.replace(self, specs={name: self.specs[name]})
+
+    def each(self, fn: Callable[[str, Any], Any]) -> dict[str, Any]:
+        """Collects `fn(name, leaf)` by name."""
+        return {name: fn(name, self.read(name)) for name in self.specs}
+
+    def total(self, fn: Callable[[str, Any], Array], zero: Array) -> Array:
+        """Adds `fn(name, leaf)` up over the leaves, starting from `zero`."""
+        for name in self.specs:
+            zero = zero + fn(name, self.read(name))
+        return zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """M models and their base, checked against each other and opened for reading.
+
+    Attributes:
+        leaves: the floating (and complex) leaves, stacked `[M, ...]`, in float32 or wider.
+        base: the same leaves of the base, or None where there is no base.
+        originals: by name, every leaf of the base, or of the first model where there is no base.
+        column: gives the leaf of a name in every model, unconverted; None where it is None.
+        treedef: the structure of one model.
+    """
+
+    leaves: Leaves
+    base: Leaves | None
+    originals: dict[str, Any]
+    column: Callable[[str], Any]
+    treedef: Any
+
+    @property
+    def copied(self) -> list[str]:
+        """The names of the leaves that are copied, not merged: integers, bools, keys and None."""
+        return [name for name in self.originals if name not in self.leaves.specs]
+
+    @property
+    def template(self) -> PyTree:
+        """The base, or the first model where there is no base."""
+        return jax.tree.unflatten(self.treedef, self.originals.values())
+
+    def differ(self, name: str) -> bool:
+        """Whether the models differ in a leaf that is copied."""
+        values = self.column(name)
+        return values is not None and any(np.any(x != values[0]) for x in values[1:])
+
+    def write(self, merged: Callable[[str], Array]) -> PyTree:
+        """A model of the leaves `merged(name)`, in the models' dtypes, and of the copied ones."""
+
+        def leaf(name: str) -> Any:
+            original = self.originals[name]
+            return original if name in copied else merged(name).astype(jnp.result_type(original))
+
+        copied = set(self.copied)
+        return jax.tree.unflatten(self.treedef, [leaf(name) for name in self.originals])
+
+
+def open_models(models: PyTree, base: PyTree | None = None) -> Models:
+    """Checks models and base against each other and opens them for reading.
+
+    Args:
+        models: a list (or plain tuple) of M pytrees, or one pytree stacked along a leading axis M.
+        base: a pytree like one model, or None.
+
+    Raises:
+        ValueError: there is no model; the structures, or a leaf's shape or dtype, differ; two
+            leaves have one name. The message names the leaf.
+        TypeError: a leaf is neither an array, a number nor None.
+    """
+    if type(models) in (list, tuple):
+        if not models:
+            raise ValueError("models is an empty list; give at least one model")
+        for i, model in enumerate(models[1:], start=1):
+            trees.check_same_structure(models[0], model, what=f"models 0 and {i}")
+        template, num_models = models[0], len(models)
+        columns = [_named(model) for model in models]
+        model_specs = {name: _spec(name, leaf) for name, leaf in columns[0].items()}
+        for i, column in enumerate(columns[1:], start=1):
+            for name, leaf in column.items():
+                _check_equal(name, _spec(name, leaf), model_specs[name], f"model {i}", "model 0")
+
+        def column_of(name: str) -> Any:
+            leaves = [column[name] for column in columns]
+            return None if leaves[0] is None else leaves
+
+    else:
+        template, num_models = models, trees.leading_size(models)
+        columns = [_named(models)]
+        model_specs = {name: _drop_axis(_spec(name, leaf)) for name, leaf in columns[0].items()}
+
+        def column_of(name: str) -> Any:
+            return columns[0][name]
+
+    def stacked(name: str) -> Array:
+        leaves = column_of(name)
+        if isinstance(leaves, list):
+            return jnp.stack([_array(leaf) for leaf in leaves])
+        return _array(leaves)
+
+    def first(name: str) -> Any:
+        leaves = column_of(name)
+        return None if leaves is None else leaves[0]
+
+    based = None if base is None else _named(base)
+    if based is not None:
+        trees.check_same_structure(template, base, what="a model and the base")
+        for name, leaf in based.items():
+            _check_equal(name, _spec(name, leaf), model_specs[name], "the base", "the models")
+
+    specs = {
+        name: LeafSpec(spec.shape, wide(spec.dtype))
+        for name, spec in model_specs.items()
+        if spec is not None and jnp.issubdtype(spec.dtype, jnp.inexact)
+    }
+    leaves = Leaves(specs, num_models, lambda name: stacked(name).astype(specs[name].dtype))
+    return Models(
+        leaves=leaves,
+        base=None
+        if based is None
+        else Leaves(specs, num_models, lambda name: _array(based[name]).astype(specs[name].dtype)),
+        originals=based or {name: first(name) for name in model_specs},
+        column=column_of,
+        treedef=jax.tree.structure(template, is_leaf=lambda x: x is None),
+    )
+
+
+def with_base(opened: Models, what: str) -> Leaves:
+    """The leaves of the base; raises a `ValueError` in the name of `what` where there is none."""
+    if opened.base is None:
+        raise ValueError(
+            f"{what} merges what the models learned beyond a base; give the model they were "
+            "fine-tuned from as base="
+        )
+    return opened.base
+
+
+def check_finite(value: ArrayLike, name: str, low: float = -np.inf, high: float = np.inf) -> None:
+    """Raises a `ValueError` unless every number of `value` is finite and in `[low, high]`.
+
+    Traced values pass: they have no value to check.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    numbers = np.asarray(value, np.float64)
+    if not np.all(np.isfinite(numbers)) or np.any(numbers < low) or np.any(numbers > high):
+        bounds = (
+            "be finite" if np.isinf(high) and np.isinf(low) else f"lie between {low} and {high}"
+        )
+        raise ValueError(f"{name} must {bounds}, got {value}")
+
+
+def check_choice(value: str, name: str, known: tuple[str, ...]) -> None:
+    """Raises a `ValueError` unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def per_model(weights: ArrayLike | None, num_models: int) -> Array:
+    """Weights as floats `[M]`, as wide as JAX allows; ones where there are none.
+
+    Raises:
+        ValueError: there are not M weights.
+    """
+    if weights is None:
+        return jnp.ones(num_models, float)
+    array = jnp.asarray(weights, float)
+    if array.shape != (num_models,):
+        raise ValueError(
+            f"weights must be one number for each of the {num_models} models, "
+            f"got shape {array.shape}"
+        )
+    return array
+
+
+def check_weights(weights: Any, *, signed: bool) -> None:
+    """Raises a `ValueError` unless concrete weights are finite and, not `signed`, can be shares."""
+    if weights is None:
+        return
+    check_finite(weights, "weights")
+    if isinstance(weights, jax.core.Tracer) or signed:
+        return
+    numbers = np.asarray(weights, np.float64)
+    if np.any(numbers < 0):
+        raise ValueError(
+            f"weights must not be negative, got {weights}; to subtract a model use "
+            "task_arithmetic or interpolate"
+        )
+    if np.sum(numbers) == 0:
+        raise ValueError(f"weights must not all be zero, got {weights}")
+
+
+def weighted_sum(weights: Array, stacked: Array) -> Array:
+    """Sums over the leading axis, `[M]` and `[M, ...]` to `[...]`, in the dtype of `stacked`."""
+    # A contraction, so that rows of a mixing matrix vmapped over it become one matrix product;
+    # "highest" because accelerators would otherwise round the factors to bfloat16 or TF32.
+    return jnp.tensordot(weights.astype(stacked.dtype), stacked, axes=1, precision="highest")
+
+
+def check_pair(num_models: int, what: str) -> None:
+    """Raises a `ValueError` in the name of `what` unless there are two models."""
+    if num_models != 2:
+        raise ValueError(f"{what} takes two models, got {num_models}")
+
+
+def along_models(weights: Array, stacked: Array) -> Array:
+    """Weights `[M]`, shaped and cast to multiply `stacked [M, ...]`."""
+    return weights.astype(stacked.dtype).reshape(-1, *[1] * (stacked.ndim - 1))
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype that a floating dtype is computed in: float32, or itself if it is wider."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def check_real(name: str, dtype: Any, what: str) -> None:
+    """Raises a `TypeError` for a complex leaf, where a method needs signs or order."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{what} is not defined for complex numbers, but leaf {name!r} is {dtype}; "
+            "give its real and imaginary parts as two leaves"
+        )
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    leaves = trees.named_leaves(tree)
+    named = dict(leaves)
+    if len(named) < len(leaves):
+        names = [name for name, _ in leaves]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"two leaves have the same name: {twice}; rename the keys that hold '/'")
+    return named
+
+
+def _spec(name: str, leaf: Any) -> LeafSpec | None:
+    if leaf is None:
+        return None
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return LeafSpec(tuple(leaf.shape), jnp.result_type(leaf.dtype))
+    if isinstance(leaf, bool | int | float | complex):
+        return LeafSpec((), jnp.result_type(leaf))
+    raise TypeError(
+        f"leaf {name!r} is a {type(leaf).__name__}; models hold arrays, numbers and None"
+    )
+
+
+def _drop_axis(spec: LeafSpec | None) -> LeafSpec | None:
+    return spec and LeafSpec(spec.shape[1:], spec.dtype)
+
+
+def _check_equal(
+    name: str, given: LeafSpec | None, expected: LeafSpec | None, who: str, other: str
+) -> None:
+    if given == expected:
+        return
+
+    def words(spec: LeafSpec | None) -> str:
+        return "None" if spec is None else f"{spec.dtype}{list(spec.shape)}"
+
+    raise ValueError(
+        f"leaf {name!r} is {words(given)} in {who}, but {words(expected)} in {other}; "
+        "models must agree in shape and dtype: convert or leave out the leaf"
+    )
+
+
+def _array(leaf: Any) -> Array:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(np.asarray(leaf))

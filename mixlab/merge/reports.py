@@ -1,0 +1,103 @@
+"""What is in the models, before and after they are merged."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixlab.merge import core
+from mixlab.types import Array, PyTree
+
+
+def report(
+    models: PyTree, *, base: PyTree | None = None, merged: PyTree | None = None
+) -> dict[str, Any]:
+    """Measures models leaf by leaf: how far they moved, and how far they agree.
+
+    A "task vector" is a model minus the base, or the model itself where there is no base.
+
+    Args:
+        models: M models, a list or one stacked tree.
+        base: the model that they were fine-tuned from.
+        merged: what became of them.
+
+    Returns:
+        Plain numbers and lists: `"models"` M; `"leaves"`, by name a dict of
+        `norm [M]` of the task vectors; `cosine [M, M]` between them (0 where one is zero);
+        `conflict`, the fraction of entries where one is positive and another negative;
+        `not_finite`, how many entries of all the models are infinite or NaN; and with `merged`
+        also `merged_norm` of its task vector, `kept`, the fraction of its entries that are not
+        zero, and `merged_not_finite`. `"copied"`, by name: whether the models differ in a leaf
+        that was copied, not merged.
+
+    Raises:
+        ValueError: models, base or merged do not match; the message names the leaf.
+        TypeError: a leaf is complex.
+    """
+    opened = core.open_models(models, base)
+    results = None if merged is None else core.open_models([merged], opened.template).leaves
+
+    def row(name: str, stacked: Array) -> dict[str, Any]:
+        core.check_real(name, stacked.dtype, "report")
+        origin = jnp.zeros(stacked.shape[1:], stacked.dtype)
+        if opened.base is not None:
+            origin = opened.base.read(name)
+        numbers = _measure(stacked, origin)
+        if results is not None:
+            of_merged = _measure(results.read(name), origin)
+            numbers["merged_norm"] = of_merged["norm"][0]
+            numbers["kept"] = of_merged["nonzero"]
+            numbers["merged_not_finite"] = of_merged["not_finite"]
+        del numbers["nonzero"]
+        return {what: np.asarray(value).tolist() for what, value in numbers.items()}
+
+    return {
+        "models": opened.leaves.num_models,
+        "leaves": opened.leaves.each(row),
+        "copied": {name: opened.differ(name) for name in opened.copied},
+    }
+
+
+@jax.jit
+def _measure(stacked: Array, origin: Array) -> dict[str, Array]:
+    taus = (stacked - origin).reshape(stacked.shape[0], -1)
+    norms = jnp.sqrt(jnp.sum(jnp.square(taus), axis=1))
+    units = taus / jnp.where(norms > 0, norms, 1)[:, None]
+    conflicts = jnp.any(taus > 0, axis=0) & jnp.any(taus < 0, axis=0)
+    size = max(taus.shape[1], 1)
+    return {
+        "norm": norms,
+        "cosine": jnp.matmul(units, units.T, precision="highest"),
+        "conflict": jnp.sum(conflicts) / size,
+        "not_finite": jnp.sum(~jnp.isfinite(stacked)),
+        "nonzero": jnp.sum(taus != 0) / taus.size if taus.size else jnp.zeros(()),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report as text: one line a leaf, the mean cosine of all pairs, and what was copied."""
+    header = ["leaf", "norm", "cosine", "conflict", "not finite"]
+    has_merged = any("kept" in numbers for numbers in report["leaves"].values())
+    rows = [header + (["merged norm", "kept"] if has_merged else [])]
+    above = np.triu_indices(report["models"], 1)
+    for name, numbers in report["leaves"].items():
+        cosines = np.asarray(numbers["cosine"])[above]
+        cells = [
+            name,
+            " ".join(f"{norm:.3g}" for norm in numbers["norm"]),
+            f"{cosines.mean():.3f}" if cosines.size else "-",
+            f"{numbers['conflict']:.1%}",
+            str(numbers["not_finite"]),
+        ]
+        if has_merged:
+            cells += [f"{numbers['merged_norm']:.3g}", f"{numbers['kept']:.1%}"]
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    for name, differ in report["copied"].items():
+        lines.append(f"{name}  copied" + (", though the models differ in it" if differ else ""))
+    return "\n".join(lines)
