@@ -99,6 +99,9 @@ def color(image, factor, dialect="pil"):
 
 
 def contrast(image, factor, dialect="pil"):
+    """Blends with one grey: the mean (rounded by Pillow), or H W / 256 levels in Google's code."""
+    if dialect == "google":
+        return blend(min(image.shape[0] * image.shape[1] // 256, 255), image, factor)
     mean = grey(image, dialect).mean()
     return blend(int(mean + 0.5) if dialect == "pil" else mean, image, factor, dialect)
 

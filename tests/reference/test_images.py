@@ -68,6 +68,31 @@ def test_timm(op):
     assert checked
 
 
+TENSORFLOW = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd")
+TENSORFLOW += ("Color", "Contrast", "Brightness", "Sharpness")
+
+
+@pytest.mark.parametrize("op", TENSORFLOW)
+def test_google(op):
+    vectors = golden.load("mixing/public_ra_tf")
+    checked = 0
+    for case in golden.cases(vectors, f"{op}/", 2):
+        arguments = [float(a) for a in vectors[f"{case}/arg"]]
+        if op == "Solarize" and arguments == [256]:
+            continue  # TensorFlow compares in uint8, where 256 is 0
+        if op == "Posterize" and arguments == [0]:
+            arguments = [1]  # TensorFlow shifts by at most 7
+        settings = {"dialect": "google"} if op == "Contrast" else {}
+        for photo in ("coffee_32", "chelsea_32", "rocket_32"):
+            found = TIMM[op](vectors[f"input/{photo}"], *arguments, **settings)
+            expected = vectors[f"{case}/{photo}"].astype(int)
+            # Within a level for these three, as measured between TensorFlow and Pillow.
+            atol = int(op in ("AutoContrast", "Color", "Sharpness"))
+            np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=case)
+            checked += 1
+    assert checked
+
+
 @pytest.mark.parametrize("op", TORCHVISION)
 def test_torchvision(op):
     vectors = golden.load("mixing/public_ra_tv")
