@@ -1,7 +1,7 @@
 """Where agents run: one program over the agent axis, on one device or many.
 
-A *program* is a function `program(axis, agents, shared)` written for a block of agents. It sees
-the other agents only through `axis`, so the same program runs on every backend:
+A *program* is a function `program(axis, state, agents, shared)` written for a block of agents. It
+sees the other agents only through `axis`, so the same program runs on every backend:
 
 - `loop`: one device, agents unrolled one after the other;
 - `vmap`: one device, agents vectorised;
@@ -42,7 +42,7 @@ class Axis(NamedTuple):
     gather: Callable[[PyTree], PyTree]
 
 
-Program = Callable[[Axis, Any, Any], Any]
+Program = Callable[[Axis, Any, Any, Any], Any]
 
 
 def _loop(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,39 +101,40 @@ class Parallel:
             lambda x: np.array(x).reshape(self.num_agents, *x.shape[2:]), jax.device_get(tree)
         )
 
-    def compile(self, program: Program, *, donate: bool = False) -> Callable[[Any, Any], Any]:
+    def compile(self, program: Program, *, donate: bool = False) -> Callable[[Any, Any, Any], Any]:
         """Compiles a program.
 
         Args:
-            program: `program(axis, agents, shared) -> result`, every leaf of `agents` and of the
-                result with the block's leading axis k.
-            donate: whether the memory of `agents` may be reused for the result.
+            program: `program(axis, state, agents, shared) -> result`; every leaf of `state`, of
+                `agents` and of the result has the block's leading axis k.
+            donate: whether the memory of `state` may be reused for the result.
 
         Returns:
-            `run(agents, shared)`, for `agents` in the layout of `put`.
+            `run(state, agents, shared)`, the first two in the layout of `put`.
         """
         each = _loop if self.per_device == "loop" else jax.vmap
         size = self.per_block
 
-        def block(agents: PyTree, shared: PyTree) -> PyTree:
+        def block(state: PyTree, agents: PyTree, shared: PyTree) -> PyTree:
             if self.backend == "pmap":
                 first = jax.lax.axis_index(_DEVICES) * size
-                return program(Axis(first + jnp.arange(size), each, _gather), agents, shared)
+                axis = Axis(first + jnp.arange(size), each, _gather)
+                return program(axis, state, agents, shared)
             axis = Axis(jnp.arange(size), each, lambda tree: tree)
-            result = program(axis, jax.tree.map(lambda x: x[0], agents), shared)
-            return jax.tree.map(lambda x: x[None], result)
+            state, agents = jax.tree.map(lambda x: x[0], (state, agents))
+            return jax.tree.map(lambda x: x[None], program(axis, state, agents, shared))
 
         donated = (0,) if donate else ()
         if self.backend != "pmap":
             return jax.jit(block, donate_argnums=donated)
         mapped = jax.pmap(
-            block, _DEVICES, in_axes=(0, None), devices=self.devices, donate_argnums=donated
+            block, _DEVICES, in_axes=(0, 0, None), devices=self.devices, donate_argnums=donated
         )
         if self.devices[0].platform != "cpu":
             return mapped
         # Forced CPU devices share one small thread pool. Were two programs with collectives in
         # flight, threads of both could wait for partners that never get a thread.
-        return lambda agents, shared: jax.block_until_ready(mapped(agents, shared))
+        return lambda *arguments: jax.block_until_ready(mapped(*arguments))
 
     def _blocks(self, x: Any) -> np.ndarray | Array:
         array = x if isinstance(x, jax.Array) else np.asarray(x)
@@ -196,9 +197,10 @@ def parallel(
             f"{devices[0].platform} devices; use at most that many"
         )
     if num_agents % num_devices:
+        fits = largest_divisor(num_agents, num_devices)
         raise ValueError(
             f"{num_agents} agents cannot be spread evenly over {num_devices} devices; use a "
-            f"multiple of {num_devices} agents, or devices={largest_divisor(num_agents, num_devices)}"
+            f"multiple of {num_devices} agents, or devices={fits}"
         )
     if per_device == "auto":
         per_device = "loop" if devices[0].platform == "cpu" else "vmap"

@@ -104,8 +104,6 @@ class Feed:
             if order is None or step % self.steps_per_epoch == 0:
                 order = self.order(step // self.steps_per_epoch)
             position = order[:, step % self.steps_per_epoch]
-            rows = np.stack(
-                [part[p] for part, p in zip(self._parts, position, strict=True)]
-            )
+            rows = np.stack([part[p] for part, p in zip(self._parts, position, strict=True)])
             batch = self._dataset.batch(rows.ravel())
             yield {k: v.reshape(*rows.shape, *v.shape[1:]) for k, v in batch.items()}

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# From nothing to a result: installs mixlab into .venv and trains eight agents on a ring, four ways,
+# on data that comes with the installation. Arguments go to `mixlab train`:
+#   bash launch/quickstart.sh --config.agents=16
+# Run it again after an interruption, and it goes on where it was.
+#   MIXLAB_ACCELERATOR=cpu|cuda|tpu   which JAX to install (default: what is there)
+#   MIXLAB_WORKDIR=DIR                where the run is kept (default: runs/quickstart)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/install.sh
+workdir="${MIXLAB_WORKDIR:-runs/quickstart}"
+.venv/bin/mixlab train --config configs/quickstart.py --workdir "$workdir" "$@"
+cat <<EOF
+
+What to try next
+  .venv/bin/mixlab train --config configs/quickstart.py --workdir runs/cutmix \\
+    --config.augment='cutmix(alpha=1.0)' --config.topology=exponential
+  .venv/bin/mixlab train --config configs/cifar10_dimat.py:smoke --workdir runs/cifar10
+    (CIFAR-10 by TensorFlow Datasets: pip install -e '.[data]' first)
+  bash launch/test.sh
+EOF

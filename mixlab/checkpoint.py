@@ -1,0 +1,166 @@
+"""Checkpoints of a run: asynchronous, atomic, checked, and kept to a number.
+
+The arrays are written by orbax as host arrays with the agents' leading axis, so they can be
+restored on any number of devices. Beside them lies what the run needs to go on (`meta`) and a
+checksum a leaf, which is how a damaged file is told from a good one.
+"""
+
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mixlab import trees
+from mixlab.types import PyTree
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
+def _checksums(tree: PyTree) -> dict[str, int]:
+    return {
+        name: zlib.crc32(np.ascontiguousarray(leaf).tobytes())
+        for name, leaf in trees.named_leaves(tree)
+        if leaf is not None
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one folder.
+
+    Args:
+        folder: made if it is missing.
+        keep: how many of the newest are kept, at least 2, so that one good one is left when the
+            newest turns out to be damaged.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        if keep < 2:
+            raise ValueError(f"keep={keep}: at least 2 checkpoints must be kept, see Checkpoints")
+        self.folder = Path(folder).absolute()  # orbax refuses relative paths
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix="step")
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps for which a finished checkpoint exists, in ascending order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+        """Begins to save; the write goes on in the background.
+
+        Args:
+            step: names the checkpoint; one of the same name is left as it is.
+            state: a tree of NumPy arrays, not to be changed afterwards.
+            meta: what JSON can hold.
+
+        Raises:
+            CheckpointError: this save or the one before failed, e.g. because the disk is full.
+        """
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave({"meta": meta, "checksums": _checksums(state)}),
+        )
+        self._guard(lambda: self._manager.save(step, args=args))
+
+    def wait(self) -> None:
+        """Waits until the save in progress is on disk.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        self._guard(self._manager.wait_until_finished)
+
+    def restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """Reads the newest checkpoint that is whole.
+
+        A damaged one is reported as a warning and deleted, and the one before it is tried.
+
+        Args:
+            like: a tree of arrays or `jax.ShapeDtypeStruct`s of the structure to restore.
+
+        Returns:
+            `(step, state, meta)` with NumPy leaves, or None where there is no checkpoint.
+
+        Raises:
+            ValueError: a checkpoint is whole but of another structure.
+            CheckpointError: there are checkpoints and all of them are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                state, meta = self._read(step, like)
+            except _Mismatch as error:
+                raise ValueError(f"the checkpoint of step {step} does not fit: {error}") from error
+            except Exception as error:  # Whatever a damaged file makes orbax raise.
+                warnings.warn(
+                    f"the checkpoint of step {step} in {self.folder} is damaged "
+                    f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+                    "trying the one before it",
+                    stacklevel=2,
+                )
+                self._discard(step)
+                continue
+            return step, state, meta
+        if steps:
+            raise CheckpointError(
+                f"all checkpoints in {self.folder} are damaged (steps {steps}); delete the folder "
+                "to start this run afresh"
+            )
+        return None
+
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        checksums = saved["meta"]["checksums"]
+        expected = {name for name, leaf in trees.named_leaves(like) if leaf is not None}
+        if expected != set(checksums):
+            raise _Mismatch(
+                f"it lacks {sorted(expected - set(checksums))} and has "
+                f"{sorted(set(checksums) - expected)} besides"
+            )
+        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=args)["state"]
+        state = jax.tree.map(np.asarray, state)
+        for (name, leaf), wanted in zip(
+            trees.named_leaves(state), (leaf for _, leaf in trees.named_leaves(like)), strict=True
+        ):
+            if leaf is not None and leaf.shape != wanted.shape:
+                raise _Mismatch(f"{name} is {leaf.shape} there and {wanted.shape} here")
+        wrong = [name for name, value in _checksums(state).items() if value != checksums[name]]
+        if wrong:
+            raise ValueError(f"the bytes of {', '.join(wrong)} are not those that were saved")
+        return state, saved["meta"]["meta"]
+
+    def _discard(self, step: int) -> None:
+        shutil.rmtree(self.folder / f"step_{step}", ignore_errors=True)
+        self._manager.reload()
+
+    def _guard(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            whole = self.steps()
+            rest = f"the checkpoint of step {whole[-1]} is whole" if whole else "there is none yet"
+            raise CheckpointError(
+                f"could not save a checkpoint in {self.folder}: {error}. Free some space or mend "
+                f"the folder and run the same command again; {rest}"
+            ) from error
+
+
+class _Mismatch(Exception):
+    """The checkpoint is whole, but of another structure."""

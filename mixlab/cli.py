@@ -1,0 +1,81 @@
+"""The command `mixlab`: `mixlab train --config FILE --workdir DIR`, `mixlab report DIR`."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from mixlab import agents, spec
+
+USAGE = """\
+usage: mixlab COMMAND ...
+
+  mixlab train --config FILE --workdir DIR [--config.FIELD=VALUE ...]
+      Runs the experiment of a config file, or goes on with it where it was left.
+      For example: mixlab train --config configs/quickstart.py --workdir runs/quickstart
+                   --config.agents=16 --config.augment='cutmix(alpha=1.0)'
+  mixlab report DIR
+      Writes the report of a workdir again: report.md, results.csv, figures.
+"""
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; made if missing.")
+
+
+def main() -> None:
+    """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage."""
+    commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "report": _report}
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] not in commands:
+        _fail(f"unknown command {arguments[0]!r}; {spec.nearest(arguments[0], commands)}", 2)
+    commands[arguments[0]](arguments[1:])
+
+
+def _train(arguments: Sequence[str]) -> None:
+    try:
+        rest = flags.FLAGS(["mixlab train", *arguments])[1:]
+    except (AttributeError, KeyError) as error:
+        _fail(f"{str(error).strip(chr(34))}", 2)
+    except (flags.Error, TypeError, ValueError, FileNotFoundError, OSError) as error:
+        _fail(str(error), 2)
+    if rest:
+        _fail(f"unexpected arguments {rest}; options are --config, --workdir, --config.FIELD", 2)
+    for flag in (_CONFIG, _WORKDIR):
+        if flag.value is None:
+            _fail(f"--{flag.name} is missing\n\n{USAGE}", 2)
+    config = _CONFIG.value
+    agents.force_cpu_devices(config.agents)  # before JAX starts
+
+    from mixlab import report, train
+    from mixlab.checkpoint import CheckpointError
+
+    try:
+        path = train.train(config, _WORKDIR.value)
+    except train.Stopped as stopped:
+        print(f"\n{stopped}; run the same command again to go on", flush=True)
+        return
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        _fail(f"{type(error).__name__}: {error}", 1)
+    except (train.Diverged, CheckpointError) as error:
+        _fail(str(error), 1)
+    report.show(path)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    if len(arguments) != 1:
+        _fail(f"usage: mixlab report DIR, got {list(arguments)}", 2)
+    from mixlab import report
+
+    try:
+        report.show(report.write(arguments[0]))
+    except (ValueError, OSError) as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"\nmixlab: {message}", file=sys.stderr)
+    sys.exit(status)

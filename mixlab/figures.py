@@ -1,0 +1,238 @@
+"""The figures of a report. Each function draws one and returns it; nothing is shown or saved.
+
+Colours are those of Okabe and Ito (2008), which people with any colour vision can tell apart.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = (
+    "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #9A9A9A".split()  # noqa: SIM905
+)
+CYCLE = (GREY, ORANGE, GREEN, BLUE, PINK, RED, SKY, "#000000")
+
+_STYLE = {
+    "axes.edgecolor": "#444444",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+
+
+def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
+    """Test accuracy over epochs: a thin line an agent, their mean, and the consensus models.
+
+    Args:
+        panels: by (row, column) title; each holds `epoch` [T], `agents` [T, A], `consensus` [T],
+            `plain` [T], in [0, 1], and `rounds_from`, the epoch at which communication begins.
+    """
+    rows = list(dict.fromkeys(row for row, _ in panels))
+    columns = list(dict.fromkeys(column for _, column in panels))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.2 + 2.5 * len(columns), 0.9 + 2.2 * len(rows)))
+        axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+        for (row, column), panel in panels.items():
+            ax = axes[rows.index(row), columns.index(column)]
+            ax.plot(panel["epoch"], panel["agents"], color=SKY, linewidth=0.7, alpha=0.8)
+            mean = np.mean(panel["agents"], axis=1)
+            ax.plot(panel["epoch"], mean, color=BLUE, linewidth=1.8)
+            ax.plot(panel["epoch"], panel["consensus"], color=RED, linewidth=1.4, linestyle="--")
+            ax.plot(panel["epoch"], panel["plain"], color="#333333", linewidth=1, linestyle=":")
+            if panel["rounds_from"]:
+                ax.axvline(panel["rounds_from"], color="#BBBBBB", linewidth=0.8, zorder=0)
+            ax.set_ylim(0, 1)
+            ax.set_title(f"{column}\n{row}" if len(rows) > 1 else column)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("test accuracy")
+        for ax in axes[-1]:
+            ax.set_xlabel("epoch")
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        handles = [
+            mpl.lines.Line2D([], [], color=SKY, linewidth=0.8, label="each agent"),
+            mpl.lines.Line2D([], [], color=BLUE, linewidth=1.8, label="mean of agents"),
+            mpl.lines.Line2D(
+                [], [], color=RED, linestyle="--", label="consensus (aligned, then averaged)"
+            ),
+            mpl.lines.Line2D([], [], color="#333333", linestyle=":", label="plain average"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def distance(groups: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """Distance to consensus over epochs, after alignment (solid) and as the agents are (dotted).
+
+    Args:
+        groups: group title -> strategy -> `epoch` [T], `aligned` [T], `plain` [T].
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.2 + 3.2 * len(groups), 3.2))
+        axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        names = list(dict.fromkeys(name for runs in groups.values() for name in runs))
+        for ax, (title, runs) in zip(axes, groups.items(), strict=True):
+            for name, run in runs.items():
+                color = CYCLE[names.index(name) % len(CYCLE)]
+                ax.plot(run["epoch"], run["aligned"], color=color, linewidth=1.6)
+                ax.plot(run["epoch"], run["plain"], color=color, linewidth=1, linestyle=":")
+            ax.set_title(title)
+            ax.set_xlabel("epoch")
+            ax.set_ylim(0, None)
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes[0].set_ylabel("distance to consensus\n(fraction of the agents' norm)")
+        handles = [
+            mpl.lines.Line2D([], [], color=CYCLE[i % len(CYCLE)], label=name)
+            for i, name in enumerate(names)
+        ]
+        handles += [
+            mpl.lines.Line2D([], [], color="#555555", label="after alignment"),
+            mpl.lines.Line2D([], [], color="#555555", linestyle=":", label="as they are"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    return figure
+
+
+def topology(weights: np.ndarray, title: str) -> Figure:
+    """The graph, as a circle of agents, and the mixing matrix.
+
+    Args:
+        weights: [A, A], row i the weights of what agent i receives.
+        title: of the figure.
+    """
+    size = len(weights)
+    angles = np.pi / 2 - 2 * np.pi * np.arange(size) / size
+    x, y = np.cos(angles), np.sin(angles)
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(7, 3.4))
+        graph, matrix = figure.subplots(1, 2)
+        for i, j in zip(*np.nonzero(weights), strict=True):
+            if i != j:
+                width = 0.6 + 2.4 * float(weights[i, j]) / float(weights.max())
+                graph.plot([x[i], x[j]], [y[i], y[j]], color="#BBBBBB", linewidth=width, zorder=0)
+        graph.scatter(x, y, s=260 if size <= 24 else 30, color=BLUE)
+        if size <= 24:
+            for i in range(size):
+                graph.text(x[i], y[i], str(i), color="white", ha="center", va="center", fontsize=9)
+        graph.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
+        graph.set_axis_off()
+        graph.set_title("who talks to whom")
+        image = matrix.imshow(weights, cmap="Blues", vmin=0)
+        if size <= 12:
+            for i, j in zip(*np.nonzero(weights), strict=True):
+                dark = weights[i, j] > 0.6 * weights.max()
+                matrix.text(
+                    j,
+                    i,
+                    f"{weights[i, j]:.2f}".lstrip("0"),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "#333333",
+                )
+        matrix.set_title("mixing matrix")
+        matrix.set_xlabel("weight given to agent")
+        matrix.set_ylabel("by agent")
+        for axis in (matrix.xaxis, matrix.yaxis):
+            axis.set_major_locator(MaxNLocator(12, integer=True))
+        matrix.spines[:].set_visible(False)
+        figure.colorbar(image, ax=matrix, shrink=0.8)
+        figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def partition(counts: dict[str, np.ndarray], class_names: Sequence[str]) -> Figure:
+    """Who holds what: the examples of each class that each agent holds.
+
+    Args:
+        counts: partition -> int [A, K].
+        class_names: K names.
+    """
+    num_agents, num_classes = next(iter(counts.values())).shape
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(1.0 + 3.4 * len(counts), 3.2))
+        axes = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+        largest = max(int(table.max()) for table in counts.values())
+        for ax, (title, table) in zip(axes, counts.items(), strict=True):
+            agent, label = np.nonzero(table)
+            area = table[agent, label] / largest * min(220.0, 2600.0 / max(num_agents, num_classes))
+            ax.scatter(agent, label, s=area, color=GREEN, linewidth=0)
+            ax.set_title(title)
+            ax.set_xlabel("agent")
+            ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+            ax.set_xlim(-0.6, num_agents - 0.4)
+            if num_classes <= 20:
+                ax.set_yticks(range(num_classes), labels=list(class_names))
+        axes[0].set_ylabel("class")
+        figure.suptitle(
+            f"Training examples held; the largest dot is {largest} examples", fontsize=9
+        )
+    return figure
+
+
+def sheet(
+    before: np.ndarray,
+    after: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+) -> Figure:
+    """Images before and after augmentation, and the soft labels that go with the latter.
+
+    Args:
+        before: [N, H, W, C], uint8 or float in [0, 1].
+        after: likewise.
+        labels: [N, K].
+        class_names: K names.
+        title: of the figure.
+    """
+    count = len(before)
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(1.05 * count + 0.6, 3.9))
+        axes = figure.subplots(3, count, squeeze=False, height_ratios=(1, 1, 0.75))
+        for column in range(count):
+            for row, images in enumerate((before, after)):
+                _image(axes[row, column], images[column])
+            _label_bars(axes[2, column], labels[column], class_names)
+        for row, name in enumerate(("image", "augmented", "label")):
+            axes[row, 0].set_ylabel(name)
+        figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def _image(ax: Axes, image: np.ndarray) -> None:
+    shown = image if image.dtype == np.uint8 else np.clip(image, 0, 1)
+    shown = shown[..., :3] if shown.shape[-1] >= 3 else shown[..., 0]
+    ax.imshow(shown, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+
+
+def _label_bars(ax: Axes, label: np.ndarray, class_names: Sequence[str]) -> None:
+    """The largest entries of a soft label, as bars with names."""
+    top = [k for k in np.argsort(-label, kind="stable")[:3] if label[k] > 0.005]
+    ax.barh(range(len(top)), label[top], color=[BLUE, ORANGE, GREEN][: len(top)], height=0.8)
+    for row, k in enumerate(top):
+        share = f"{label[k]:.2f}"
+        ax.text(0.03, row, f"{class_names[k]}", va="center", fontsize=7, color="white")
+        ax.text(1.0, row, share, va="center", ha="right", fontsize=7, color="#333333")
+    ax.set(xlim=(0, 1), ylim=(2.6, -0.6))
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)

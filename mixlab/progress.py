@@ -1,0 +1,108 @@
+"""What a run tells while it runs: one live line on a terminal, JSON lines, TensorBoard events."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class ProgressLine:
+    """A line that is rewritten in place on a terminal, and printed now and then elsewhere.
+
+    Args:
+        prefix: begins the line.
+        total: steps of the run.
+        images_per_step: examples that all agents see in a step.
+        out: where it is written.
+    """
+
+    def __init__(self, prefix: str, total: int, images_per_step: int, out: TextIO = sys.stdout):
+        self._prefix, self._total, self._images = prefix, total, images_per_step
+        self._out, self._live = out, out.isatty()
+        self._every = 0.5 if self._live else 15.0
+        self._shown = time.perf_counter()
+        self._first: tuple[float, int] | None = None
+
+    def due(self) -> bool:
+        """Whether it is time for the next `show`; ask before computing what it shows."""
+        return time.perf_counter() - self._shown >= self._every
+
+    def show(self, step: int, accuracy: float) -> None:
+        """Writes the line: step, images/s, training accuracy, time to go."""
+        now = time.perf_counter()
+        # The rate counts from the first call, when the programs have been compiled.
+        start, first = self._first = self._first or (now, step)
+        rate = (step - first) / (now - start) if step > first else 0.0
+        speed = f"{rate * self._images:9,.0f} images/s" if rate else "  compiling ... "
+        eta = f"ETA {_clock((self._total - step) / rate)}" if rate else "ETA --:--"
+        self._write(
+            f"{self._prefix}  step {step}/{self._total}  {speed}  accuracy {accuracy:.3f}  {eta}"
+        )
+        self._shown = now
+
+    def done(self, text: str) -> None:
+        """Replaces the line by a last one."""
+        self._write(f"{self._prefix}  {text}")
+        if self._live:
+            self._out.write("\n")
+            self._out.flush()
+
+    def _write(self, text: str) -> None:
+        self._out.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        self._out.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class MetricWriter:
+    """Appends records to `metrics.jsonl`, and to TensorBoard event files where it is installed.
+
+    Args:
+        folder: of the run.
+        keep_bytes: the file is cut to this length first; what a killed run wrote after its last
+            checkpoint is thereby written once, not twice.
+    """
+
+    def __init__(self, folder: Path, keep_bytes: int = 0):
+        self._file = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115, closed by `close`
+        self._file.truncate(keep_bytes)
+        self._file.seek(0, os.SEEK_END)
+        self._events = _event_writer(folder / "tensorboard")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes one record; it is on disk when this returns."""
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._events is not None:
+            for name, value in record.items():
+                values = value if isinstance(value, list) else [value]
+                if not all(isinstance(v, int | float) for v in values) or name == "step":
+                    continue
+                tag = f"{record['phase']}/{name}"
+                self._events.add_scalar(tag, sum(values) / len(values), record["step"])
+
+    @property
+    def num_bytes(self) -> int:
+        """The length of the file."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), write_to_disk=True)

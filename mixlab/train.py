@@ -1,0 +1,600 @@
+"""One experiment, read from top to bottom: data, agents, model, strategy, loop, records.
+
+A run trains A agents, each on its own part of the training data. Time is counted in steps that
+all agents make together: first `pretrain_epochs` of local training, then `rounds` rounds, each of
+which merges (where the strategy merges by rounds) and trains for `epochs_per_round`. Ordinary
+training is one agent with the strategy "none". A sweep runs every combination of some fields and
+puts them in one report.
+"""
+
+import itertools
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict, config_dict
+
+from mixlab import agents, align, augment, data, models, report, spec
+from mixlab.agents.parallel import host_callbacks_are_safe
+from mixlab.checkpoint import Checkpoints
+from mixlab.progress import MetricWriter, ProgressLine
+from mixlab.types import Array, Batch, Key, PyTree
+
+
+def default_config() -> ConfigDict:
+    """Every field of an experiment, with its default. `configs/` starts from here."""
+    config = ConfigDict()
+    config.seed = 0
+    # Data: see mixlab.data.load.
+    config.data = "mnist5k"
+    config.data_dir = config_dict.placeholder(str)
+    config.download = True
+    config.image_size = config_dict.placeholder(int)
+    config.memory_bytes = 2 << 30  # images up to this size live on the devices
+    config.augment = "identity"  # on uint8 images, training only
+    config.preprocess = "to_float"  # after that, training and evaluation
+    # Model and optimizer.
+    config.model = "mlp(hidden=(256, 256, 256))"
+    config.optimizer = "adam(1e-3)"
+    config.batch_size = 50  # of each agent
+    # Agents: see mixlab.agents.
+    config.agents = 8
+    config.topology = "ring"
+    config.partition = "iid"
+    config.strategy = "dimat"
+    config.same_init = False
+    config.matching_examples = 1000  # training images on which activations are compared
+    # Durations. An epoch is as many steps as the mean agent needs to see its part once.
+    config.pretrain_epochs = 0
+    config.rounds = 10
+    config.epochs_per_round = 1
+    config.max_steps = config_dict.placeholder(int)  # stop early, e.g. to try a recipe
+    config.max_eval_examples = config_dict.placeholder(int)
+    config.eval_batch_size = 500
+    # Where and how it runs: see mixlab.agents.parallel.
+    config.backend = "pmap"
+    config.per_device = "auto"
+    config.devices = config_dict.placeholder(int)
+    config.checkpoint_every_steps = config_dict.placeholder(int)  # by default: every round
+    config.keep_checkpoints = 2
+    # Field -> tuple of values; every combination is run.
+    config.sweep = ConfigDict()
+    return config
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    fn.__name__: fn
+    for fn in (
+        optax.adabelief,
+        optax.adam,
+        optax.adamw,
+        optax.lamb,
+        optax.lars,
+        optax.lion,
+        optax.nadam,
+        optax.rmsprop,
+        optax.sgd,
+        optax.add_decayed_weights,
+        optax.clip_by_global_norm,
+        optax.cosine_decay_schedule,
+        optax.exponential_decay,
+        optax.linear_schedule,
+        optax.piecewise_constant_schedule,
+        optax.warmup_cosine_decay_schedule,
+    )
+}
+
+
+class Diverged(FloatingPointError):
+    """The loss of an agent is no longer a finite number."""
+
+
+class Stopped(Exception):
+    """The process was asked to end; the run has been saved."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> Path:
+    """Runs an experiment, or goes on with it where it was left, and writes the report.
+
+    Args:
+        config: as `default_config`, with any fields changed.
+        workdir: made if it is missing. Running the same config again in the same folder resumes;
+            final parameters and metrics are those of an uninterrupted run.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: a field cannot be used, or the folder holds another config.
+        Diverged: a loss became NaN or infinite; the last good checkpoint is kept.
+        Stopped: SIGTERM arrived; the state has been saved.
+        checkpoint.CheckpointError: saving failed, e.g. because the disk is full.
+    """
+    workdir = Path(workdir).absolute()
+    variants = _variants(config)
+    _claim(workdir, config)
+    with _termination() as terminated:
+        for number, (name, variant) in enumerate(variants.items(), 1):
+            title = f"[{number}/{len(variants)}] {name}"
+            folder = workdir / "runs" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            experiment = prepare(variant)
+            setup = {"number": number, "config": variant.to_dict(), **experiment.about}
+            _write_json(folder / "setup.json", setup)
+            np.savez(folder / "sheet.npz", **experiment.sheet)
+            _run(variant, experiment, folder, title, terminated)
+    return report.write(workdir)
+
+
+class Experiment(NamedTuple):
+    """A config made real: what `_run` needs to train, evaluate and describe it.
+
+    Attributes:
+        parallel: where the agents run.
+        strategy: how they communicate.
+        topology: with whom.
+        feed: what they read.
+        init: `init() -> carry`; a carry is `(AgentState, totals)`, in the layout of `parallel`.
+        step: `step(carry, held, step, alone) -> carry`; the old carry's memory is reused.
+            `alone` means that nobody mixes (before the first round).
+        communicate: `communicate(carry) -> carry`.
+        test: `test(variables) -> {"accuracy": [A], "loss": [A]}` of every agent.
+        consensus: `consensus(variables) -> dict` of the accuracies and distances of consensus.
+        about: what the report says of the set-up, as JSON can hold it.
+        sheet: arrays of a few training images before and after augmentation, with their labels.
+    """
+
+    parallel: agents.Parallel
+    strategy: agents.Strategy
+    topology: agents.Topology
+    feed: data.Feed
+    init: Callable[[], PyTree]
+    step: Callable[[PyTree, PyTree, int, bool], PyTree]
+    communicate: Callable[[PyTree], PyTree]
+    test: Callable[[PyTree], dict[str, np.ndarray]]
+    consensus: Callable[[PyTree], dict[str, float]]
+    about: dict[str, Any]
+    sheet: dict[str, np.ndarray]
+
+
+def prepare(config: ConfigDict) -> Experiment:
+    """Loads the data, places the agents and compiles what they do."""
+    key = jax.random.key(config.seed)
+    init_key, train_key, match_key, sheet_key = jax.random.split(key, 4)
+
+    # 1. Data, and who holds what.
+    train_set, test_set = (
+        data.load(
+            config.data,
+            split,
+            data_dir=config.data_dir,
+            download=config.download,
+            image_size=config.image_size,
+            memory_bytes=config.memory_bytes,
+        )
+        for split in ("train", "test")
+    )
+    num_classes = train_set.num_classes
+    parts = agents.partition.parse(config.partition)(train_set.labels, config.agents, config.seed)
+
+    # 2. Who talks to whom, where they run, what they read.
+    topology = agents.topology.parse(config.topology, config.agents)
+    strategy = agents.parse(config.strategy, topology)
+    parallel = agents.parallel(
+        config.agents, config.backend, per_device=config.per_device, num_devices=config.devices
+    )
+    feed = data.Feed(
+        train_set, parts, config.batch_size, config.seed, parallel.put, config.memory_bytes
+    )
+    augmentation = augment.parse(config.augment)
+    preprocess = augment.parse(config.preprocess)
+
+    def prepared(images: np.ndarray) -> Array:
+        return preprocess(key, {"image": jnp.asarray(images)})["image"]
+
+    # 3. Model, optimizer, symmetries.
+    model = models.parse(config.model, num_classes)
+    count = min(config.matching_examples, len(train_set))
+    chosen = np.sort(np.asarray(jax.random.permutation(match_key, len(train_set))[:count]))
+    images = prepared(train_set.batch(chosen)["image"])
+    variables = jax.jit(model.init)(init_key, images[:1])
+    problem = agents.Problem(
+        optimizer=spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain),
+        symmetry=align.infer_symmetry(model.apply, variables, images[:2]),
+        batch_stats=_batch_stats(model, variables),
+        assignment="scipy" if host_callbacks_are_safe(parallel) else "optax",
+    )
+    shared = {
+        "images": parallel.replicate(images),
+        "weights": parallel.replicate(jnp.asarray(topology.weights, jnp.float32)),
+    }
+    alone = parallel.replicate(jnp.eye(config.agents))
+
+    # 4. Programs over the agent axis.
+    def init(axis: agents.Axis, state: None, held: None, shared: PyTree) -> PyTree:
+        def one(agent: Array) -> tuple[PyTree, PyTree]:
+            own = init_key if config.same_init else jax.random.fold_in(init_key, agent)
+            variables = model.init(own, shared["images"][:1])
+            return variables, problem.optimizer.init(variables["params"])
+
+        variables, opt_state = axis.each(one)(axis.ids)
+        healthy = jnp.full(axis.ids.shape, -1, jnp.int32)
+        state = strategy.init(axis, agents.AgentState(variables, opt_state, healthy))
+        totals = {name: jnp.zeros(axis.ids.shape) for name in ("loss", "accuracy", "steps")}
+        return state, totals
+
+    def step(axis: agents.Axis, carry: PyTree, held: PyTree, shared: PyTree) -> PyTree:
+        state, totals = carry
+        now = shared["step"]
+
+        def one(agent: Array, variables: PyTree, held: PyTree) -> PyTree:
+            batch = feed.select(held, now)
+            batch["label"] = jax.nn.one_hot(batch["label"], num_classes)
+            mixing_key, own_key = jax.random.split(
+                jax.random.fold_in(jax.random.fold_in(train_key, now), agent)
+            )
+            batch = preprocess(mixing_key, augmentation(mixing_key, batch))
+            return _gradients(model, own_key, variables, batch)
+
+        grads, stats, metrics = axis.each(one)(axis.ids, state.variables, held)
+        lost = (state.failed_at < 0) & ~jnp.isfinite(metrics["loss"])
+        state = state._replace(failed_at=jnp.where(lost, now, state.failed_at))
+        state = strategy.local_step(axis, problem, state, grads, stats, shared["weights"])
+        return state, jax.tree.map(jnp.add, totals, metrics)
+
+    def communicate(axis: agents.Axis, carry: PyTree, held: None, shared: PyTree) -> PyTree:
+        state, totals = carry
+        here = problem._replace(images=shared["images"])
+        return strategy.communicate(axis, here, state, shared["weights"]), totals
+
+    def evaluate(axis: agents.Axis, variables: PyTree, held: None, batch: Batch) -> PyTree:
+        return axis.each(lambda own: _evaluate(model, own, batch))(variables)
+
+    def consensus(axis: agents.Axis, variables: PyTree, held: None, shared: PyTree) -> PyTree:
+        return agents.consensus(axis, problem._replace(images=shared["images"]), variables)
+
+    run_step = parallel.compile(step, donate=True)
+    run_communicate = parallel.compile(communicate)
+    run_evaluate = parallel.compile(evaluate)
+    run_consensus = parallel.compile(consensus)
+    test_batches = [
+        parallel.replicate(batch) for batch in _test_batches(test_set, config, prepared)
+    ]
+
+    def run(carry: PyTree, held: PyTree, now: int, by_itself: bool) -> PyTree:
+        weights = alone if by_itself else shared["weights"]
+        return run_step(carry, held, {"step": np.int32(now), "weights": weights})
+
+    def test(variables: PyTree) -> dict[str, np.ndarray]:
+        sums = [parallel.get(run_evaluate(variables, None, batch)) for batch in test_batches]
+        total = {name: sum(s[name] for s in sums) for name in sums[0]}
+        return {name: total[name] / total["examples"] for name in ("accuracy", "loss")}
+
+    def test_consensus(variables: PyTree) -> dict[str, float]:
+        found = run_consensus(variables, None, shared)
+        return {
+            "consensus_accuracy": float(test(found.aligned)["accuracy"][0]),
+            "plain_accuracy": float(test(found.plain)["accuracy"][0]),
+            "consensus_distance": float(parallel.get(found.aligned_distance)[0]),
+            "plain_distance": float(parallel.get(found.plain_distance)[0]),
+        }
+
+    # 5. What the report shows of all this.
+    sample = train_set.batch(parts[0][:8])
+    sample["label"] = np.eye(num_classes, dtype=np.float32)[sample["label"]]
+    mixed = jax.tree.map(np.asarray, jax.jit(augmentation.__call__)(sheet_key, sample))
+    about = {
+        "topology": str(topology),
+        "weights": np.asarray(topology.weights).tolist(),
+        "partition": agents.partition.counts(parts, train_set.labels, num_classes).tolist(),
+        "class_names": list(train_set.class_names),
+        "parallel": str(parallel),
+        "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
+        "symmetry": {name: int(size) for name, size in problem.symmetry.groups.items()},
+        "steps_per_epoch": feed.steps_per_epoch,
+    }
+    sheet = {"before": sample["image"], "image": mixed["image"], "label": mixed["label"]}
+    return Experiment(
+        parallel=parallel,
+        strategy=strategy,
+        topology=topology,
+        feed=feed,
+        init=lambda: parallel.compile(init)(None, None, shared),
+        step=run,
+        communicate=lambda carry: run_communicate(carry, None, shared),
+        test=test,
+        consensus=test_consensus,
+        about=about,
+        sheet=sheet,
+    )
+
+
+def _run(
+    config: ConfigDict,
+    experiment: Experiment,
+    folder: Path,
+    title: str,
+    terminated: Callable[[], bool],
+) -> None:
+    """Trains the agents in `folder`, from its newest checkpoint if it has one."""
+    parallel, strategy = experiment.parallel, experiment.strategy
+
+    # Durations, in steps.
+    if config.rounds and config.epochs_per_round < 1:
+        raise ValueError(f"epochs_per_round must be at least 1, got {config.epochs_per_round}")
+    epoch = experiment.feed.steps_per_epoch
+    pretrain, length = config.pretrain_epochs * epoch, max(1, config.epochs_per_round) * epoch
+    total = pretrain + config.rounds * length
+    if config.max_steps is not None:
+        total = min(total, config.max_steps)
+
+    def begins_round(step: int) -> bool:
+        return step >= pretrain and (step - pretrain) % length == 0 and step < total
+
+    def ends_phase(step: int) -> bool:
+        return step == total or begins_round(step)
+
+    def is_checkpoint(step: int) -> bool:
+        every = config.checkpoint_every_steps
+        return ends_phase(step) or bool(every and step % every == 0)
+
+    carry = experiment.init()
+    like = parallel.get(carry)
+    with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+        start, meta = 0, {"metrics_bytes": 0, "seconds": {}}
+        if (found := checkpoints.restore(like)) is not None:
+            start, restored, meta = found
+            carry = parallel.put(restored)
+        metrics = MetricWriter(folder, meta["metrics_bytes"])
+        clock = _Clock(meta["seconds"])
+        line = ProgressLine(title, total, config.agents * config.batch_size)
+
+        def save(step: int) -> None:
+            held = parallel.get(carry)
+            _check_finite(held[0].failed_at, checkpoints.steps())
+            with clock("save"):
+                meta = {"metrics_bytes": metrics.num_bytes, "seconds": clock.seconds}
+                checkpoints.save(step, held, meta)
+
+        def record(step: int, phase: str, carry: PyTree) -> None:
+            state, totals = carry
+            totals = parallel.get(totals)
+            steps = np.maximum(totals["steps"], 1)
+            with clock("evaluate"):
+                tested = experiment.test(state.variables)
+                agreement = experiment.consensus(state.variables)
+            metrics.write(
+                {
+                    "step": step,
+                    "phase": phase,
+                    "round": max(0, (step - pretrain) // length + (phase == "merge")),
+                    "epoch": step / epoch,
+                    "train_loss": (totals["loss"] / steps).tolist(),
+                    "train_accuracy": (totals["accuracy"] / steps).tolist(),
+                    "test_loss": tested["loss"].tolist(),
+                    "test_accuracy": tested["accuracy"].tolist(),
+                    **agreement,
+                    "bytes_sent": _bytes_sent(experiment, state, step, pretrain, length, phase),
+                    "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
+                }
+            )
+
+        feed = experiment.feed.steps(start, total)
+        for step in range(start, total):
+            if begins_round(step):
+                with clock("merge"):
+                    merged = jax.block_until_ready(experiment.communicate(carry))
+                if strategy.every in ("round", "step"):
+                    record(step, "merge", merged)
+                if strategy.every == "round":
+                    carry = merged
+            with clock("train"):
+                carry = experiment.step(carry, next(feed), step, step < pretrain)
+            if line.due():
+                totals = parallel.get(carry[1])
+                _check_finite(parallel.get(carry[0].failed_at), checkpoints.steps())
+                line.show(step + 1, float(np.mean(totals["accuracy"] / totals["steps"])))
+            if ends_phase(step + 1):
+                with clock("train"):
+                    jax.block_until_ready(carry)
+                record(step + 1, "local", carry)
+                carry = (carry[0], jax.tree.map(jnp.zeros_like, carry[1]))
+            if is_checkpoint(step + 1) or terminated():
+                save(step + 1)
+            if terminated():
+                checkpoints.wait()
+                raise Stopped(f"{title}: stopped after step {step + 1} of {total}, all saved")
+        checkpoints.wait()
+        metrics.close()
+        line.done(_last_words(folder / "metrics.jsonl"))
+
+
+def _gradients(
+    model: Any, key: Key, variables: PyTree, batch: Batch
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+    """Gradients, new BatchNorm statistics and metrics of one agent on one batch."""
+    stats = variables.get("batch_stats")
+
+    def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
+        logits, changed = model.apply(
+            {**variables, "params": params},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        logits = logits.astype(jnp.float32)
+        loss = optax.softmax_cross_entropy(logits, batch["label"]).mean()
+        return loss, (logits, changed.get("batch_stats", stats))
+
+    (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+    right = jnp.argmax(logits, -1) == jnp.argmax(batch["label"], -1)
+    metrics = {"loss": loss, "accuracy": right.mean(), "steps": jnp.ones(())}
+    return grads, stats, metrics
+
+
+def _evaluate(model: Any, variables: PyTree, batch: Batch) -> dict[str, Array]:
+    """Sums over the examples of `batch` whose label is not -1 (padding)."""
+    logits = model.apply(variables, batch["image"]).astype(jnp.float32)
+    real = batch["label"] >= 0
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["label"], 0))
+    right = jnp.argmax(logits, -1) == batch["label"]
+    return {
+        "accuracy": jnp.sum(right & real, dtype=jnp.float32),
+        "loss": jnp.sum(jnp.where(real, loss, 0.0)),
+        "examples": jnp.sum(real, dtype=jnp.float32),
+    }
+
+
+def _test_batches(
+    test_set: data.Dataset, config: ConfigDict, prepared: Callable[[np.ndarray], Array]
+) -> Iterator[Batch]:
+    """The test set in batches of equal size; the last is padded with label -1."""
+    count = len(test_set)
+    if config.max_eval_examples is not None:
+        count = min(count, config.max_eval_examples)
+    size = min(config.eval_batch_size, count)
+    # A stride keeps the classes' shares where a set is sorted by class and cut short.
+    chosen = np.linspace(0, len(test_set) - 1, count).astype(np.int64)
+    for start in range(0, count, size):
+        indices = chosen[start : start + size]
+        padding = size - len(indices)
+        batch = test_set.batch(np.concatenate([indices, np.repeat(indices[:1], padding)]))
+        batch["label"][size - padding :] = -1
+        yield {"image": prepared(batch["image"]), "label": batch["label"]}
+
+
+def _batch_stats(model: Any, variables: PyTree) -> Callable[[PyTree, Array], PyTree]:
+    if "batch_stats" not in variables:
+        return lambda variables, images: variables
+
+    def reestimated(variables: PyTree, images: Array) -> PyTree:
+        raise AssertionError
+
+    return reestimated
+
+
+def _bytes_sent(
+    experiment: Experiment, state: Any, step: int, pretrain: int, length: int, phase: str
+) -> list[float]:
+    """Bytes that each agent has sent by now, from the sizes of what it sends."""
+    strategy = experiment.strategy
+    steps = step if strategy.every == "always" else max(0, step - pretrain)
+    merges = max(0, -(-(step - pretrain) // length)) + (phase == "merge")
+    sent = steps * strategy.sent_per_step(state.variables)
+    return (sent + merges * strategy.sent_per_round(state.variables)).tolist()
+
+
+class _Clock:
+    """Adds up the seconds spent on each kind of work; the first of a kind counts as compiling."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = dict(seconds)
+        self._seen: set[str] = set()
+
+    @contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        name = kind if kind in self._seen else "compile"
+        self._seen.add(kind)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _check_finite(failed_at: np.ndarray, saved: list[int]) -> None:
+    bad = np.flatnonzero(failed_at >= 0)
+    if not len(bad):
+        return
+    agent = bad[np.argmin(failed_at[bad])]
+    kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "nothing was saved before"
+    raise Diverged(
+        f"the loss of agent {agent} became NaN or infinite at step {failed_at[agent]} "
+        f"(agents affected by now: {bad.tolist()}); {kept}. Lower the learning rate, or clip the "
+        "gradients: --config.optimizer='clip_by_global_norm(1.0) | adam(1e-3)'"
+    )
+
+
+def _variants(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Every combination of the sweep's values, by a name made of the values."""
+    sweep = {field: tuple(values) for field, values in config.sweep.items()}
+    for field, values in sweep.items():
+        if field not in config or field == "sweep":
+            raise ValueError(f"sweep.{field} is not a field; {spec.nearest(field, config)}")
+        if not values:
+            raise ValueError(f"sweep.{field} has no values")
+    variants = {}
+    for combination in itertools.product(*sweep.values()):
+        variant = config.copy_and_resolve_references()
+        variant.sweep = ConfigDict()
+        for field, value in zip(sweep, combination, strict=True):
+            variant[field] = value
+        name = "-".join(_slug(value) for value in combination) or _slug(config.strategy)
+        if name in variants:
+            raise ValueError(f"two runs of the sweep would both be called {name!r}")
+        variants[name] = variant
+    return variants
+
+
+def _slug(value: Any) -> str:
+    kept = (c if c.isalnum() or c in "._" else " " for c in str(value))
+    return "_".join("".join(kept).split())
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """Writes the config into the folder, or checks that it is the one already there."""
+    path = workdir / "config.json"
+    mine = json.loads(json.dumps(config.to_dict()))
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_json(path, mine)
+        return
+    other = json.loads(path.read_text())
+    fields = sorted(k for k in {*mine, *other} if mine.get(k, "absent") != other.get(k, "absent"))
+    if fields:
+        lines = "".join(
+            f"\n  {k}: {other.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} now"
+            for k in fields
+        )
+        raise ValueError(
+            f"{workdir} holds a run of another config:{lines}\n"
+            "Use another --workdir, or the same config to go on with that run."
+        )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Writes whole or not at all, whenever the process is killed."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(path)
+
+
+@contextmanager
+def _termination() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether SIGTERM has arrived."""
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _last_words(metrics: Path) -> str:
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    accuracy = last["test_accuracy"]
+    return (
+        f"done: test accuracy mean {np.mean(accuracy):.3f}, worst {min(accuracy):.3f}, "
+        f"consensus {last['consensus_accuracy']:.3f}"
+    )

@@ -1,0 +1,123 @@
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixlab.agents.parallel import (
+    _loop,
+    force_cpu_devices,
+    host_callbacks_are_safe,
+    largest_divisor,
+    parallel,
+)
+
+LAYOUTS = {
+    "loop": {"backend": "loop"},
+    "vmap": {"backend": "vmap"},
+    "pmap of 8": {"backend": "pmap"},
+    "pmap of 4, loop": {"backend": "pmap", "num_devices": 4},
+    "pmap of 2, vmap": {"backend": "pmap", "num_devices": 2, "per_device": "vmap"},
+}
+
+
+def program(axis, state, agents, shared):
+    """Touches everything that an axis offers: ids, each, gather."""
+    mean = jax.tree.map(lambda x: axis.gather(x).mean(0), state)
+
+    def one(agent, own, bias):
+        return {"x": jnp.sin(own["x"]) + mean["x"] * shared + bias, "id": agent}
+
+    return axis.each(one)(axis.ids, state, agents)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("donate", [False, True])
+def test_every_backend_gives_the_same(layout, donate):
+    rng = np.random.default_rng(0)
+    x, bias = rng.normal(size=(8, 3)).astype(np.float32), np.arange(8, dtype=np.float32)
+    where = parallel(8, **layout)
+    run = where.compile(program, donate=donate)
+    found = where.get(run(where.put({"x": x}), where.put(bias), where.replicate(np.float32(2))))
+    np.testing.assert_allclose(found["x"], np.sin(x) + x.mean(0) * 2 + bias[:, None], rtol=1e-5)
+    np.testing.assert_array_equal(found["id"], np.arange(8))
+
+
+def test_put_and_get_are_inverse_and_get_copies():
+    where = parallel(8, "pmap", num_devices=4)
+    tree = {"a": np.arange(16).reshape(8, 2), "b": np.ones(8, bool)}
+    placed = where.put(tree)
+    assert placed["a"].shape == (4, 2, 2)
+    back = where.get(placed)
+    for name, leaf in tree.items():
+        np.testing.assert_array_equal(back[name], leaf)
+        assert back[name].dtype == leaf.dtype
+    assert back["a"].flags.owndata or back["a"].base.flags.owndata
+
+
+def test_loop_is_vmap():
+    def fn(x, y):
+        return {"s": x["a"] @ y, "n": None}
+
+    x, y = {"a": jnp.arange(12.0).reshape(3, 2, 2)}, jnp.ones((3, 2))
+    looped, mapped = _loop(fn)(x, y), jax.vmap(fn)(x, y)
+    np.testing.assert_allclose(looped["s"], mapped["s"])
+    assert looped["n"] is None
+
+
+def test_collectives_many_times_over_do_not_wait_for_each_other():
+    where = parallel(8)
+    run = where.compile(lambda axis, s, a, t: s / 2 + axis.gather(s).mean(0)[None] / 2, donate=True)
+    x = where.put(np.arange(8, dtype=np.float32)[:, None])
+    for _ in range(200):
+        x = run(x, None, 0)
+    np.testing.assert_allclose(where.get(x), np.full((8, 1), 3.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"num_agents": 0}, "at least 1"),
+        ({"num_agents": 8, "backend": "pmpa"}, "loop, vmap, pmap"),
+        ({"num_agents": 8, "num_devices": 3}, "multiple of 3 agents, or devices=2"),
+        ({"num_agents": 16, "num_devices": 16}, "there are 8 cpu devices"),
+        ({"num_agents": 8, "per_device": "map"}, "auto, loop or vmap"),
+        ({"num_agents": 8, "backend": "loop", "per_device": "vmap"}, "is for backend 'pmap'"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        parallel(**arguments)
+
+
+@pytest.mark.parametrize(("agents", "devices"), [(5, 5), (7, 7), (9, 3), (12, 6), (16, 8), (11, 1)])
+def test_agents_take_as_many_devices_as_divide_them(agents, devices):
+    where = parallel(agents)
+    assert len(where.devices) == devices
+    assert where.per_block * devices == agents
+    assert str(agents) in str(where)
+
+
+def test_largest_divisor():
+    assert [largest_divisor(n, 8) for n in (1, 8, 9, 11, 1000)] == [1, 8, 3, 1, 8]
+
+
+def test_cpu_devices_are_forced_before_jax_starts():
+    code = (
+        "from mixlab.agents.parallel import force_cpu_devices, parallel, host_callbacks_are_safe\n"
+        "print(force_cpu_devices(6)); import jax; print(len(jax.devices()))\n"
+        "print(host_callbacks_are_safe(parallel(6)))"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["6", "6", "True"]
+
+
+def test_given_flags_are_left_alone():
+    assert force_cpu_devices(3) == 8
+    assert host_callbacks_are_safe(parallel(8))

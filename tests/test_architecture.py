@@ -1,0 +1,90 @@
+"""The floor plan: who may import whom, and that every public thing says what it is."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "mixlab"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# package or module -> what of mixlab it may import besides itself
+FOUNDATION = {"types", "trees", "spec"}
+MAY_IMPORT = {
+    "types": set(),
+    "trees": {"types"},
+    "spec": set(),
+    "augment": FOUNDATION,
+    "merge": FOUNDATION,
+    "align": FOUNDATION,
+    "models": FOUNDATION,
+    "data": FOUNDATION,
+    "agents": FOUNDATION | {"merge", "align"},
+    "figures": set(),
+    "progress": FOUNDATION,
+    "checkpoint": FOUNDATION,
+    "report": {"figures"},
+    "train": FOUNDATION
+    | {"augment", "merge", "align", "models", "data", "agents"}
+    | {"checkpoint", "progress", "report"},
+    "cli": FOUNDATION | {"agents", "train", "report", "checkpoint"},
+    "__main__": {"cli"},
+    "__init__": {"agents", "align", "augment", "data", "merge", "models"},
+}
+# Heavy or special packages, and the only places that may name them.
+ONLY_IN = {
+    "flax": {"models"},
+    "tensorflow": {"data"},
+    "tensorflow_datasets": {"data"},
+    "orbax": {"checkpoint"},
+    "matplotlib": {"figures", "report"},
+    "ml_collections": {"train", "cli"},
+}
+
+
+def part_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """The dotted names that a file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "mixlab":
+            yield from (f"mixlab.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield str(node.module)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_keep_to_the_floor_plan(path):
+    part = part_of(path)
+    allowed = MAY_IMPORT[part] | {part}
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "mixlab" and rest:
+            assert rest[0] in allowed, f"{part} must not import mixlab.{rest[0]}"
+        if top in ONLY_IN:
+            assert part in ONLY_IN[top], f"{top} belongs in {sorted(ONLY_IN[top])}, not in {part}"
+
+
+def test_pmap_is_named_in_one_module():
+    naming = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "pmap"
+    }
+    assert naming == {"agents/parallel.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_functions_are_documented_and_typed(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            inner = getattr(node, "col_offset", 0) > 4
+            assert inner or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+            assert node.returns is not None, f"{path}: {node.name} has no return type"
