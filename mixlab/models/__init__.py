@@ -11,11 +11,12 @@ from typing import Any
 from flax import linen as nn
 
 from mixlab import spec
+from mixlab.models.common import BATCH_NORM_MOMENTUM
 from mixlab.models.convolutional import CNN, ResNet
 from mixlab.models.mlp import MLP
 from mixlab.models.vit import ViT
 
-__all__ = ["CNN", "MLP", "ResNet", "ViT", "parse"]
+__all__ = ["BATCH_NORM_MOMENTUM", "CNN", "MLP", "ResNet", "ViT", "parse"]
 
 _VOCABULARY = {"mlp": MLP, "cnn": CNN, "resnet20": ResNet, "vit": ViT}
 

@@ -7,6 +7,9 @@ from flax import linen as nn
 
 from mixlab.types import Array
 
+BATCH_NORM_MOMENTUM = 0.9
+"""The factor with which BatchNorm keeps its old running statistics at a training step."""
+
 
 def images(x: Array, dtype: Any) -> Array:
     """Checks that `x` is a batch of float images and casts it to `dtype`.

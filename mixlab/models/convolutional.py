@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mixlab.models.common import images, logits
+from mixlab.models.common import BATCH_NORM_MOMENTUM, images, logits
 from mixlab.types import Array
 
 
@@ -23,16 +24,17 @@ def _conv(features: int, dtype: Any, strides: int = 1) -> nn.Module:
     )
 
 
-def _norm(train: bool, dtype: Any) -> nn.Module:
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
+def _norm(x: Array, train: bool) -> Array:
+    # In float32, as Flax would do anyway, but without relying on implicit promotion.
+    norm = nn.BatchNorm(use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=1e-5)
+    return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class CNN(nn.Module):
-    """A small network for small images: 3x3 convolutions, each with BatchNorm and ReLU.
+    """A small network for small images: 3x3 convolution, BatchNorm, ReLU, 2x2 mean in each stage.
 
-    A stage is two convolutions, of which the second halves the image; the last
-    stage is flattened into a dense layer: on digits the positions matter, and their mean learns
-    far more slowly. The running statistics are in `batch_stats`.
+    The last stage is flattened into a dense layer. On 500 digits of mnist5k this learns faster
+    and reaches more than strided convolutions, maximum pooling or a global mean do.
 
     Attributes:
         num_classes: width of the output.
@@ -49,14 +51,21 @@ class CNN(nn.Module):
         """Maps images [B, H, W, C] to logits float32 [B, num_classes].
 
         Args:
-            x: float images of any size and channel count.
-            train: normalise by the batch's own statistics and update the running ones.
+            x: float images of any channel count, at least 2**stages pixels high and wide.
+            train: normalise by the batch's own statistics and update the running ones, which are
+                in `batch_stats`.
         """
         x = images(x, self.dtype)
+        least = 2 ** len(self.features)
+        if min(x.shape[1:3]) < least:
+            raise ValueError(
+                f"{len(self.features)} stages halve the image {len(self.features)} times: it "
+                f"must be at least {least}x{least}, got {x.shape[1]}x{x.shape[2]}; resize it or "
+                f"give fewer features"
+            )
         for width in self.features:
-            for strides in (1, 2):
-                x = _conv(width, self.dtype, strides)(x)
-                x = nn.relu(_norm(train, self.dtype)(x))
+            x = nn.relu(_norm(_conv(width, self.dtype)(x), train))
+            x = nn.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4
         return logits(x.reshape(x.shape[0], -1), self.num_classes)
 
 
@@ -80,10 +89,10 @@ class Block(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
         y = _conv(self.features, self.dtype, self.strides)(x)
-        y = nn.relu(_norm(train, self.dtype)(y))
-        y = _norm(train, self.dtype)(_conv(self.features, self.dtype)(y))
+        y = nn.relu(_norm(y, train))
+        y = _norm(_conv(self.features, self.dtype)(y), train)
         if self.strides > 1 or x.shape[-1] != self.features:
-            x = _norm(train, self.dtype)(_conv(self.features, self.dtype, self.strides)(x))
+            x = _norm(_conv(self.features, self.dtype, self.strides)(x), train)
         return nn.relu(x + y)
 
 
@@ -120,7 +129,7 @@ class ResNet(nn.Module):
         if min(channels) < 1:
             raise ValueError(f"width={self.width} leaves a stage without channels: {channels}")
         x = images(x, self.dtype)
-        x = nn.relu(_norm(train, self.dtype)(_conv(channels[0], self.dtype)(x)))
+        x = nn.relu(_norm(_conv(channels[0], self.dtype)(x), train))
         for stage, (features, count) in enumerate(zip(channels, self.blocks, strict=True)):
             for block in range(count):
                 strides = 2 if stage > 0 and block == 0 else 1

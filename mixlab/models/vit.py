@@ -20,6 +20,11 @@ SIZES = {
 is for small images and for tests."""
 
 
+def _norm(x: Array) -> Array:
+    # In float32, as Flax would do anyway, but without relying on implicit promotion.
+    return nn.LayerNorm()(x.astype(jnp.float32)).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention that also gives its weights.
 
@@ -106,10 +111,10 @@ class ViT(nn.Module):
 
         attention = []
         for _ in range(depth):
-            y, weights = Attention(heads, self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
+            y, weights = Attention(heads, self.dtype)(_norm(x))
             attention.append(weights)
             x = x + y
-            y = nn.Dense(4 * channels, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
+            y = nn.Dense(4 * channels, dtype=self.dtype)(_norm(x))
             x = x + nn.Dense(channels, dtype=self.dtype)(nn.gelu(y))
-        out = logits(nn.LayerNorm(dtype=self.dtype)(x)[:, 0], self.num_classes)
+        out = logits(_norm(x)[:, 0], self.num_classes)
         return (out, jnp.stack(attention, axis=1)) if return_attention else out
