@@ -16,7 +16,6 @@ SHAPES = {
     "conv/bias": (5,),
     "conv/kernel": (2, 3, 2, 5),
     "dense/kernel": (7, 4),
-    "norm/scale": (1,),
     "temperature": (),
 }
 pytestmark = pytest.mark.usefixtures("x64")
@@ -50,35 +49,37 @@ def assert_agree(found, expected):
         )
 
 
-@pytest.mark.parametrize("num_models", [1, 2, 5])
+@pytest.mark.parametrize("num_models", [1, 4])
 def test_averages(num_models):
     base, models = case(num_models, num_models)
     given, given_base = to_jax(models), to_jax(base)
     weights = np.arange(1.0, num_models + 1)
-    assert_agree(merge.average()(given), merging.average(models))
-    assert_agree(merge.average(weights)(given), merging.average(models, weights))
+    assert_agree(jax.jit(merge.average())(given), merging.average(models))
+    assert_agree(jax.jit(merge.average(weights))(given), merging.average(models, weights))
     assert_agree(
-        merge.task_arithmetic(0.4)(given, base=given_base),
+        jax.jit(merge.task_arithmetic(0.4))(given, base=given_base),
         merging.task_arithmetic(models, base, 0.4),
     )
     signed = weights * (-1) ** np.arange(num_models)
     assert_agree(
-        merge.task_arithmetic(1.5, signed)(given, base=given_base),
+        jax.jit(merge.task_arithmetic(1.5, signed))(given, base=given_base),
         merging.task_arithmetic(models, base, 1.5, signed),
     )
 
 
-@pytest.mark.parametrize("scope", ["model", "leaf"])
-@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+@pytest.mark.parametrize(
+    ("scope", "reduce"), [("model", "mean"), ("model", "max"), ("leaf", "mean"), ("leaf", "sum")]
+)
 def test_ties(scope, reduce):
-    # Few models and levels: most columns have a tie, many cancel.
-    for seed, (num_models, spread, density) in enumerate(
-        [(2, 1, 0.2), (3, 2, 0.5), (4, 8, 0.35), (2, 3, 1.0), (3, 40, 0.02), (1, 8, 0.5)]
-    ):
-        base, models = case(seed, num_models, spread)
-        method = merge.ties(density, 0.7, scope=scope, reduce=reduce)
+    @jax.jit
+    def method(models, base, density):
+        return merge.ties(density, 0.7, scope=scope, reduce=reduce)(models, base=base)
+
+    # With a small spread most magnitudes tie and many sums cancel.
+    for seed, (spread, density) in enumerate([(1, 0.2), (2, 0.5), (8, 0.35), (3, 1.0), (40, 0.02)]):
+        base, models = case(seed, 3, spread)
         assert_agree(
-            method(to_jax(models), base=to_jax(base)),
+            method(to_jax(models), to_jax(base), density),
             merging.ties(models, base, density, 0.7, scope, reduce),
         )
 
@@ -89,7 +90,7 @@ def test_ties_undecided_signs_follow_the_majority(majority):
     deltas = np.array([[2, 1, -1, 3], [-2, 1, -1, 3]]) * np.array([1, 1, 1, majority]) / 4
     deltas[:, 1:3] = majority / 4
     models = [{"x": delta} for delta in deltas]
-    merged = merge.ties(1.0)(to_jax(models), base=to_jax(base))
+    merged = jax.jit(merge.ties(1.0))(to_jax(models), base=to_jax(base))
     assert_agree(merged, merging.ties(models, base, 1.0, 1.0))
     assert np.sign(merged["x"][0]) == majority
 
@@ -108,7 +109,7 @@ def test_ties_mergekit():
         merge.rescale(0.3),
     )
     assert_agree(
-        method(to_jax(models), base=to_jax(base)),
+        jax.jit(method)(to_jax(models), base=to_jax(base)),
         merging.ties_mergekit(models, base, 0.6, 0.3, weights),
     )
 
@@ -121,7 +122,7 @@ def test_slerp(t):
     b["conv/bias"] = 3 * a["conv/bias"]  # parallel: the straight line
     b["dense/kernel"] = -a["dense/kernel"]  # opposite: the straight line
     a["conv/kernel"] = np.zeros(SHAPES["conv/kernel"])  # no direction
-    assert_agree(merge.slerp(t)(to_jax([a, b])), merging.slerp(t, a, b))
+    assert_agree(jax.jit(merge.slerp(t))(to_jax([a, b])), merging.slerp(t, a, b))
 
 
 @pytest.mark.parametrize("floor_mode", ["max", "first", "add"])
@@ -139,7 +140,7 @@ def test_fisher(floor_mode):
     for normalize in (False, True) if floor_mode != "add" else (False,):
         method = merge.fisher(weights, 1e-5, normalize, floor_mode=floor_mode)
         assert_agree(
-            method(to_jax(models), fishers=to_jax(fishers)),
+            jax.jit(method)(to_jax(models), fishers=to_jax(fishers)),
             merging.fisher_merge(models, fishers, weights, 1e-5, normalize, floor_mode),
         )
 
