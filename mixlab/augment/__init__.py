@@ -1,1 +1,88 @@
-"""augment."""
+"""Mixing and augmenting examples: batches to batches.
+
+Every constructor returns an `Augmentation`: `aug.sample(key, batch)` makes all the random decisions
+and returns them as a plan, `aug.apply(plan, batch)` carries them out, `aug(key, batch)` does both.
+A batch is a dict with `image` [B, H, W, C], uint8 or floating in [0, 1], and, for the ops that mix
+labels, a soft `label` [B, K]; other leaves travel along. `augment.ops` has the single image ops.
+"""
+
+from collections.abc import Callable
+
+from mixlab import spec
+from mixlab.augment import ops
+from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes, views
+from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
+from mixlab.augment.fourier import fmix, fmix_mask
+from mixlab.augment.mixing import cutmix, label_smoothing, mixup, resizemix
+from mixlab.augment.policies import randaugment
+
+CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
+    fn.__name__: fn
+    for fn in (
+        chain,
+        cutmix,
+        fmix,
+        identity,
+        label_smoothing,
+        mixup,
+        normalize,
+        one_of,
+        randaugment,
+        random_crop,
+        random_flip,
+        resizemix,
+        sometimes,
+        to_float,
+        views,
+    )
+}
+"""Every constructor by its name: what `parse` knows, and what the battery of tests covers."""
+
+
+def parse(text: str | Augmentation) -> Augmentation:
+    """The augmentation that a text describes: `"randaugment() | one_of(mixup(), cutmix())"`.
+
+    Args:
+        text: calls of `CONSTRUCTORS` with literal arguments, joined by `|` to a chain. An empty
+            text is the identity. An `Augmentation` is returned as it is.
+
+    Raises:
+        ValueError: the text does not parse or names something unknown; the message lists what is
+            known.
+        TypeError: `text` is neither text nor Augmentation, or a constructor does not take an
+            argument.
+    """
+    if isinstance(text, Augmentation):
+        return text
+    if not isinstance(text, str):
+        raise TypeError(f"parse takes a text or an Augmentation, got {text!r}")
+    if not text.strip():
+        return identity()
+    aug = spec.parse(text, CONSTRUCTORS, combine=chain)
+    if not isinstance(aug, Augmentation):
+        raise ValueError(f"{text!r} describes no augmentation but {aug!r}; call one, as mixup()")
+    return aug
+
+
+__all__ = [
+    "CONSTRUCTORS",
+    "Augmentation",
+    "chain",
+    "cutmix",
+    "fmix",
+    "fmix_mask",
+    "identity",
+    "label_smoothing",
+    "mixup",
+    "normalize",
+    "one_of",
+    "ops",
+    "parse",
+    "randaugment",
+    "random_crop",
+    "random_flip",
+    "resizemix",
+    "sometimes",
+    "to_float",
+    "views",
+]

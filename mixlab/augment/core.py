@@ -1,0 +1,310 @@
+"""The `Augmentation` type, what builds bigger ones from smaller ones, and the checks all share."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixlab import trees
+from mixlab.types import Array, Batch, Key, Plan, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Examples to examples, in two halves with a plain pytree, the plan, between them.
+
+    A dataclass rather than a tuple, since `jax.jit(aug)` takes only what can be weakly referenced.
+
+    Attributes:
+        sample: `(key, batch) -> plan` makes all the random decisions.
+        apply: `(plan, batch) -> batch` carries them out; it is deterministic.
+    """
+
+    sample: Callable[[Key, Batch], Plan]
+    apply: Callable[[Plan, Batch], Batch]
+
+    def __call__(self, key: Key, batch: Batch) -> Batch:
+        """Decides with `key` and applies the decision to `batch`."""
+        return self.apply(self.sample(key, batch), batch)
+
+
+def image_of(batch: Batch, *, ranks: Sequence[int] = (4,)) -> Array:
+    """The image of a batch, once the batch is known to be sound.
+
+    Args:
+        batch: `image` [B, H, W, C], uint8 or floating; `label`, if any, of the same B.
+        ranks: the numbers of axes that `image` may have.
+
+    Returns:
+        `batch["image"]` as a JAX array.
+
+    Raises:
+        KeyError: there is no `image`.
+        TypeError: the batch is no dict, or the image is neither uint8 nor floating.
+        ValueError: the image has another rank or no examples, or the label another batch size.
+    """
+    if not isinstance(batch, dict):
+        raise TypeError(f"a batch is a dict with the key 'image', got {type(batch).__name__}")
+    if "image" not in batch:
+        raise KeyError(f"the batch has no 'image'; it has {sorted(map(str, batch))}")
+    image = jnp.asarray(batch["image"])
+    check_image(image, ranks, "image")
+    if image.shape[0] == 0:
+        raise ValueError(f"'image' holds no examples: its shape is {image.shape}")
+    label = batch.get("label")
+    if label is not None and np.shape(label)[:1] != image.shape[:1]:
+        raise ValueError(
+            f"'label' and 'image' must agree on the leading batch axis, got shapes "
+            f"{np.shape(label)} and {image.shape}"
+        )
+    return image
+
+
+def check_image(image: Array, ranks: Sequence[int], name: str) -> None:
+    """Raises unless `image` is uint8 or floating and has one of the given ranks."""
+    layouts = {3: "[H, W, C]", 4: "[B, H, W, C]", 5: "[B, T, H, W, C]"}
+    if ranks != (3, 4):
+        layouts[3] = "[B, L, C]"
+    if image.ndim not in ranks:
+        accepted = " or ".join(layouts[rank] for rank in ranks)
+        raise ValueError(f"{name!r} must be {accepted}, got the shape {image.shape}")
+    if image.dtype != jnp.uint8 and not jnp.issubdtype(image.dtype, jnp.floating):
+        raise TypeError(
+            f"{name!r} must be uint8 in 0..255 or floating in [0, 1], got {image.dtype}; "
+            "cast it with image.astype(jnp.uint8)"
+        )
+
+
+def soft_label_of(batch: Batch) -> Array | None:
+    """The soft label [B, K] of a batch, or None where the batch has none.
+
+    Raises:
+        ValueError: the label is not of rank two.
+        TypeError: the label is not floating.
+    """
+    if batch.get("label") is None:
+        return None
+    label = jnp.asarray(batch["label"])
+    if label.ndim != 2:
+        raise ValueError(
+            f"'label' must be soft, [B, K], got the shape {label.shape}; "
+            "use jax.nn.one_hot(label, num_classes)"
+        )
+    if not jnp.issubdtype(label.dtype, jnp.floating):
+        raise TypeError(
+            f"'label' must be floating, got {label.dtype}; use label.astype(jnp.float32)"
+        )
+    return label
+
+
+def working_dtype(dtype: Any) -> Any:
+    """The dtype to compute in: float32, or float64 for float64 images."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def to_dtype(x: Array, dtype: Any) -> Array:
+    """Casts a result in the working dtype back; to uint8 it rounds half to even."""
+    if dtype == jnp.uint8 and x.dtype != jnp.uint8:
+        x = jnp.clip(jnp.round(x), 0.0, 255.0)
+    return x.astype(dtype)
+
+
+def along_batch(x: Any, like: Array) -> Array:
+    """Reshapes [B] to [B, 1, 1, ...] with the rank of `like`."""
+    x = jnp.asarray(x)
+    return x.reshape(x.shape[:1] + (1,) * (like.ndim - 1))
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raises a `ValueError` unless `value` lies in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is a probability in [0, 1], got {value!r}")
+
+
+def check_augmentations(name: str, augs: Sequence[Any]) -> None:
+    """Raises a `TypeError` unless all of `augs` are augmentations."""
+    for position, aug in enumerate(augs):
+        if not isinstance(aug, Augmentation):
+            hint = "; call the constructor: mixup(), not mixup" if callable(aug) else ""
+            raise TypeError(f"{name} takes Augmentations, but part {position} is {aug!r}{hint}")
+
+
+def identity() -> Augmentation:
+    """Leaves the batch as it is; its plan is empty."""
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        del key, batch
+        return {}
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        del plan
+        return batch
+
+    return Augmentation(sample, apply)
+
+
+def chain(*augs: Augmentation) -> Augmentation:
+    """Applies augmentations one after the other, each with its own key.
+
+    `sample` carries the batch through the parts, since a later part may look at the pixels that
+    an earlier one made; under `jit` the compiler drops what no decision depends on.
+
+    Args:
+        *augs: the parts; none of them is the identity.
+
+    Returns:
+        An augmentation whose plan is `{"0": plan of the first, "1": ...}`.
+
+    Raises:
+        TypeError: a part is no augmentation.
+    """
+    check_augmentations("chain", augs)
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        plan: Plan = {}
+        for i, aug in enumerate(augs):
+            plan[str(i)] = aug.sample(jax.random.fold_in(key, i), batch)
+            if i + 1 < len(augs):
+                batch = aug.apply(plan[str(i)], batch)
+        return plan
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        for i, aug in enumerate(augs):
+            batch = aug.apply(plan[str(i)], batch)
+        return batch
+
+    return Augmentation(sample, apply)
+
+
+def one_of(
+    *augs: Augmentation, weights: Sequence[float] | None = None, per_batch: bool = False
+) -> Augmentation:
+    """Applies one of several augmentations, drawn for each example or once a batch.
+
+    A choice per example computes every alternative and keeps one of the results; a choice per
+    batch computes only the one that was drawn. All must give the same shapes and dtypes.
+
+    Args:
+        *augs: the alternatives.
+        weights: relative probabilities, one an alternative; equal by default.
+        per_batch: one draw for the whole batch.
+
+    Returns:
+        An augmentation whose plan is `{"choice": int32 [B], or [] per batch, "0": plan, ...}`.
+
+    Raises:
+        TypeError: a part is no augmentation.
+        ValueError: no parts, weights that are not one non-negative number a part, or (when
+            applied) alternatives whose results differ in structure, shape or dtype.
+    """
+    check_augmentations("one_of", augs)
+    if not augs:
+        raise ValueError("one_of needs at least one augmentation")
+    shares = np.ones(len(augs)) if weights is None else np.asarray(weights, np.float64)
+    if shares.shape != (len(augs),) or not np.all(shares >= 0) or not 0 < shares.sum() < np.inf:
+        raise ValueError(
+            f"one_of weights must be {len(augs)} non-negative numbers, one an augmentation and "
+            f"not all zero, got {weights!r}"
+        )
+    bounds = (np.cumsum(shares) / shares.sum())[:-1].astype(np.float32)
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        size = image_of(batch, ranks=(3, 4, 5)).shape[0]
+        key, choice_key = jax.random.split(key)
+        u = jax.random.uniform(choice_key, () if per_batch else (size,))
+        plan: Plan = {"choice": jnp.sum(u[..., None] >= bounds, axis=-1, dtype=jnp.int32)}
+        for i, aug in enumerate(augs):
+            plan[str(i)] = aug.sample(jax.random.fold_in(key, i), batch)
+        return plan
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        branches = [
+            lambda batch, aug=aug, part=plan[str(i)]: aug.apply(part, batch)
+            for i, aug in enumerate(augs)
+        ]
+        choice = jnp.asarray(plan["choice"])
+        if choice.ndim == 0:
+            _check_alternatives([jax.eval_shape(branch, batch) for branch in branches])
+            return jax.lax.switch(choice, branches, batch)
+        results = [branch(batch) for branch in branches]
+        _check_alternatives(results)
+
+        def pick(*leaves: Any) -> Any:
+            if all(leaf is leaves[0] for leaf in leaves):
+                return leaves[0]
+            chosen = jnp.asarray(leaves[0])
+            for i, leaf in enumerate(leaves[1:], 1):
+                chosen = jnp.where(along_batch(choice == i, chosen), leaf, chosen)
+            return chosen
+
+        return jax.tree.map(pick, *results)
+
+    return Augmentation(sample, apply)
+
+
+def _check_alternatives(results: Sequence[PyTree]) -> None:
+    """Raises unless the results of all alternatives have the same leaves."""
+    first = dict(trees.named_leaves(results[0]))
+    for i, other in enumerate(results[1:], 1):
+        trees.check_same_structure(results[0], other, what=f"the results of parts 0 and {i}")
+        for name, leaf in trees.named_leaves(other):
+            if leaf is first[name]:
+                continue
+            a, b = (f"{jnp.result_type(x)}{list(np.shape(x))}" for x in (first[name], leaf))
+            if a != b:
+                raise ValueError(
+                    f"the alternatives of one_of must agree in shape and dtype, but {name!r} is "
+                    f"{a} after part 0 and {b} after part {i}; move what changes them out of one_of"
+                )
+
+
+def sometimes(p: float, aug: Augmentation, *, per_batch: bool = False) -> Augmentation:
+    """Applies an augmentation with probability `p`, to each example or to the whole batch.
+
+    The same as `one_of(identity(), aug, weights=(1 - p, p))`, with its plan.
+
+    Args:
+        p: probability in [0, 1].
+        aug: what to apply; it must keep shapes and dtypes.
+        per_batch: one draw for the whole batch.
+
+    Raises:
+        ValueError: `p` is no probability.
+        TypeError: `aug` is no augmentation.
+    """
+    check_probability("p", p)
+    return one_of(identity(), aug, weights=(1.0 - p, p), per_batch=per_batch)
+
+
+def views(n: int, aug: Augmentation) -> Augmentation:
+    """Makes `n` independent versions of every example, stacked along a new axis after the batch.
+
+    Args:
+        n: number of views, at least one.
+        aug: drawn afresh for each view.
+
+    Returns:
+        An augmentation after which every leaf [B, ...] is [B, n, ...], the label included; its
+        plan is `{"0": plan of the first view, ...}`.
+
+    Raises:
+        ValueError: `n` is less than one.
+        TypeError: `n` is no int, or `aug` no augmentation.
+    """
+    check_augmentations("views", [aug])
+    if not isinstance(n, int):
+        raise TypeError(f"views takes the number of views first, an int, got {n!r}")
+    if n < 1:
+        raise ValueError(f"views makes at least one view, got n={n}")
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        return {str(i): aug.sample(jax.random.fold_in(key, i), batch) for i in range(n)}
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        results = [aug.apply(plan[str(i)], batch) for i in range(n)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *results)
+
+    return Augmentation(sample, apply)

@@ -1,0 +1,174 @@
+"""The plain parts of a pipeline: padded random crop, random flip, scaling and normalization."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixlab.augment.core import (
+    Augmentation,
+    along_batch,
+    check_probability,
+    image_of,
+    working_dtype,
+)
+from mixlab.spec import nearest
+from mixlab.types import Array, Batch, Key, Plan
+
+
+def _no_decision(key: Key, batch: Batch) -> Plan:
+    del key, batch
+    return {}
+
+
+def random_crop(
+    size: int | tuple[int, int] | None = None, padding: int = 4, mode: str = "constant"
+) -> Augmentation:
+    """Pads the image on all sides and crops it at a uniform position, drawn for each example.
+
+    Equals torchvision `RandomCrop(size, padding, padding_mode=mode)` given the same offset.
+
+    Args:
+        size: height and width of the result, one number for both, or None for the image's own.
+        padding: pixels added on each of the four sides.
+        mode: `"constant"` pads with 0; `"reflect"` mirrors without repeating the border.
+
+    Returns:
+        An augmentation of images [B, H, W, C] with the plan `offset` int32 [B, 2], top and left of
+        the crop in the padded image.
+
+    Raises:
+        ValueError: an unknown mode, a negative padding, or (when applied) a crop larger than the
+            padded image, or a reflection wider than the image.
+    """
+    known = ("constant", "reflect")
+    if mode not in known:
+        raise ValueError(f"unknown padding mode {mode!r}; {nearest(str(mode), known)}")
+    if padding < 0 or padding != int(padding):
+        raise ValueError(f"padding is a whole number of pixels, at least 0, got {padding}")
+    wanted = (size, size) if isinstance(size, int) else size
+    if wanted is not None and (len(wanted) != 2 or min(wanted) < 1):
+        raise ValueError(f"size is one positive number or a pair, got {size!r}")
+
+    def crop_size(image: Array) -> tuple[int, int]:
+        height, width = wanted or image.shape[1:3]
+        if height > image.shape[1] + 2 * padding or width > image.shape[2] + 2 * padding:
+            raise ValueError(
+                f"a crop of {height} x {width} does not fit into an image of {image.shape[1]} x "
+                f"{image.shape[2]} with padding {padding}; raise the padding or lower the size"
+            )
+        if mode == "reflect" and padding >= min(image.shape[1:3]):
+            raise ValueError(
+                f"reflecting {padding} pixels takes an image of at least {padding + 1} pixels a "
+                f"side, got {image.shape[1]} x {image.shape[2]}"
+            )
+        return height, width
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        image = image_of(batch)
+        room = [
+            n + 2 * padding - m + 1 for n, m in zip(image.shape[1:3], crop_size(image), strict=True)
+        ]
+        offset = jax.random.randint(
+            key, (image.shape[0], 2), 0, jnp.asarray(room, jnp.int32), jnp.int32
+        )
+        return {"offset": offset}
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        image = image_of(batch)
+        offset = jnp.broadcast_to(jnp.asarray(plan["offset"], jnp.int32), (image.shape[0], 2))
+        for axis, length in enumerate(crop_size(image)):
+            image = _crop_axis(image, offset[:, axis] - padding, length, axis + 1, mode)
+        return {**batch, "image": image}
+
+    return Augmentation(sample, apply)
+
+
+def _crop_axis(image: Array, start: Array, length: int, axis: int, mode: str) -> Array:
+    """Takes `length` entries of `axis` from `start` [B] on, padded where they lie outside."""
+    full = image.shape[axis]
+    index = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    shape = tuple(n if i in (0, 1) else 1 for i, n in enumerate((len(start), length, 1, 1)))
+    if axis == 2:
+        shape = (shape[0], 1, length, 1)
+    if mode == "reflect":
+        index = jnp.abs(index)
+        index = jnp.where(index >= full, 2 * (full - 1) - index, index)
+    within = ((index >= 0) & (index < full)).reshape(shape)
+    taken = jnp.take_along_axis(
+        image, jnp.clip(index, 0, full - 1).reshape(shape), axis=axis, mode="promise_in_bounds"
+    )
+    return taken if mode == "reflect" else jnp.where(within, taken, jnp.zeros_like(taken))
+
+
+def random_flip(p: float = 0.5) -> Augmentation:
+    """Mirrors examples left to right.
+
+    Args:
+        p: probability for each example.
+
+    Returns:
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `use` bool [B].
+
+    Raises:
+        ValueError: `p` is no probability.
+    """
+    check_probability("p", p)
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        size = image_of(batch, ranks=(4, 5)).shape[0]
+        return {"use": jax.random.uniform(key, (size,)) < p}
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        image = image_of(batch, ranks=(4, 5))
+        use = along_batch(jnp.broadcast_to(jnp.asarray(plan["use"]), image.shape[:1]), image)
+        return {**batch, "image": jnp.where(use, jnp.flip(image, axis=-2), image)}
+
+    return Augmentation(sample, apply)
+
+
+def to_float() -> Augmentation:
+    """Turns uint8 images in 0..255 into float32 in [0, 1]; floating images stay as they are."""
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        del plan
+        image = image_of(batch, ranks=(3, 4, 5))
+        if image.dtype == jnp.uint8:
+            image = image.astype(jnp.float32) / 255.0
+        return {**batch, "image": image}
+
+    return Augmentation(_no_decision, apply)
+
+
+def normalize(mean: float | Sequence[float], std: float | Sequence[float]) -> Augmentation:
+    """Subtracts the mean and divides by the standard deviation of each channel.
+
+    Args:
+        mean: one number, or one a channel, for images in [0, 1].
+        std: likewise, positive.
+
+    Returns:
+        An augmentation with an empty plan. uint8 images become float32 in [0, 1] first; floating
+        images keep their dtype.
+
+    Raises:
+        ValueError: `std` is not positive, or (when applied) the numbers do not fit the channels.
+    """
+    center, scale = (np.atleast_1d(np.asarray(v, np.float64)) for v in (mean, std))
+    if not (np.all(np.isfinite(center)) and np.all(scale > 0) and np.all(np.isfinite(scale))):
+        raise ValueError(f"normalize takes finite means and positive stds, got {mean!r}, {std!r}")
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        batch = to_float().apply(plan, batch)
+        image = batch["image"]
+        for name, v in (("mean", center), ("std", scale)):
+            if v.ndim != 1 or v.size not in (1, image.shape[-1]):
+                raise ValueError(
+                    f"normalize: {name} has {v.size} entries for {image.shape[-1]} channels"
+                )
+        wide = image.astype(working_dtype(image.dtype))
+        scaled = (wide - jnp.asarray(center, wide.dtype)) / jnp.asarray(scale, wide.dtype)
+        return {**batch, "image": scaled.astype(image.dtype)}
+
+    return Augmentation(_no_decision, apply)

@@ -1,0 +1,223 @@
+"""FMix: mixing with masks whose spectrum decays, in one, two or three dimensions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixlab.augment.core import Augmentation
+from mixlab.augment.mixing import beta, check_alpha, lam_of, lerp, mixed_sample
+from mixlab.spec import nearest
+from mixlab.types import Array, ArrayLike, Key, Plan
+
+_MODES = ("reference", "spectral")
+
+
+def _check(shape: tuple[int, ...], mode: str, decay: float, max_soft: float) -> None:
+    if len(shape) not in (1, 2, 3) or min(shape) < 1:
+        raise ValueError(f"an FMix mask has one, two or three axes of positive length, got {shape}")
+    if mode not in _MODES:
+        raise ValueError(f"unknown mode {mode!r}; {nearest(str(mode), _MODES)}")
+    if not np.isfinite(decay):
+        raise ValueError(f"decay must be finite, got {decay}")
+    if not 0.0 <= max_soft <= 0.5:
+        raise ValueError(f"max_soft is a share of the pixels in [0, 0.5], got {max_soft}")
+
+
+def _frequencies(shape: tuple[int, ...], mode: str) -> np.ndarray:
+    """Magnitudes of the frequencies that the noise belongs to."""
+    if mode == "reference" and len(shape) == 1:
+        return np.abs(np.fft.fftfreq(shape[0]))
+    # The reference keeps the half axis of the second of three dimensions, and puts it last.
+    order = (shape[0], shape[2], shape[1]) if mode == "reference" and len(shape) == 3 else shape
+    half = np.fft.fftfreq(order[-1])[: order[-1] // 2 + (2 if order[-1] % 2 else 1)]
+    axes = [np.fft.fftfreq(n) for n in order[:-1]] + [half]
+    squares = [np.square(f) for f in np.meshgrid(*axes, indexing="ij")]
+    return np.sqrt(np.sum(squares, axis=0))
+
+
+def noise_shape(shape: tuple[int, ...], mode: str = "reference") -> tuple[int, ...]:
+    """The shape of the noise that `fmix_mask` takes for a mask of `shape`."""
+    return (1, *_frequencies(shape, mode).shape, 2)
+
+
+def fmix_grey(
+    noise: ArrayLike, shape: tuple[int, ...], *, decay: float = 3.0, mode: str = "reference"
+) -> Array:
+    """The grey image whose brightest pixels become the mask.
+
+    The noise is divided by max(f, 1 / longest side) ^ decay, f the magnitude of the frequency, and
+    transformed back. `mode="reference"` equals the FMix repository and OpenMixup: they take real
+    and imaginary part from the first two entries of the first *frequency* axis and zero-pad what
+    is left. `mode="spectral"` takes them from the last axis, as the paper describes.
+
+    Args:
+        noise: standard normal, of `noise_shape(shape, mode)`: for (H, W) it is
+            [1, H, W // 2 + 1, 2], with one more column if W is odd.
+        shape: shape of the image, (L,), (H, W) or three axes.
+        decay: power of the decay.
+        mode: `"reference"` or `"spectral"`.
+
+    Returns:
+        float32 (or wider) of `shape`, from 0 to 1; 0 if the image is constant.
+
+    Raises:
+        ValueError: a wrong shape of the noise, or an argument out of its range.
+
+    Source: Harris et al., "FMix: Enhancing Mixed Sample Data Augmentation", 2020, section 4.
+    """
+    shape = tuple(int(n) for n in shape)
+    _check(shape, mode, decay, 0.0)
+    noise = jnp.asarray(noise, jnp.result_type(float))
+    if noise.shape != noise_shape(shape, mode):
+        raise ValueError(
+            f"noise for an FMix mask of shape {shape}, mode {mode!r}, must have the shape "
+            f"{noise_shape(shape, mode)}, got {noise.shape}"
+        )
+    scale = 1.0 / np.maximum(_frequencies(shape, mode), 1.0 / max(shape)) ** decay
+    spectrum = noise[0] * jnp.asarray(scale[..., None], noise.dtype)
+    parts = jnp.moveaxis(spectrum, -1, 0) if mode == "spectral" else spectrum
+    imaginary = parts[1] if parts.shape[0] > 1 else jnp.zeros_like(parts[0])
+    grey = jnp.fft.irfftn(jax.lax.complex(parts[0], imaginary), shape)
+    grey = grey - jnp.min(grey)
+    peak = jnp.max(grey)
+    return grey / jnp.where(peak > 0, peak, 1.0)
+
+
+def binarise(
+    grey: Array, lam: ArrayLike, *, max_soft: float = 0.0, ceil: ArrayLike = False
+) -> Array:
+    """Sets the brightest share `lam` of the pixels to one and the others to zero.
+
+    With `max_soft` the edge is a ramp from one to zero over 2 * int(n * soft) of the n pixels in
+    the order of their brightness, soft the lesser of `max_soft`, `lam` and `1 - lam`; if it is
+    `lam` or `1 - lam` that is the lesser, it limits both sides.
+
+    Args:
+        grey: brightness, any shape.
+        lam: share in [0, 1].
+        max_soft: share of the pixels on either side of the edge that the ramp takes.
+        ceil: bool, round the number of pixels up rather than down.
+
+    Returns:
+        float32 mask in the shape of `grey`.
+
+    Source: Harris et al., 2020, section 4, and the released code.
+    """
+    n = grey.size
+    lam = jnp.asarray(lam, jnp.result_type(float))
+    count = jnp.where(jnp.asarray(ceil), jnp.ceil(lam * n), jnp.floor(lam * n)).astype(jnp.int32)
+    # Equal pixels count as brighter the later they come, as in a reversed ascending sort.
+    order = jnp.argsort(grey.ravel(), stable=True)[::-1]
+    rank = (
+        jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)
+    )
+    mask = (rank < count).astype(jnp.float32)
+    if max_soft > 0.0:
+        share = jnp.minimum(jnp.asarray(max_soft, lam.dtype), jnp.minimum(lam, 1.0 - lam))
+        soft = (share * n).astype(jnp.int32)
+        step = rank - (count - soft)
+        ramp = 1.0 - step.astype(jnp.float32) / jnp.maximum(2 * soft - 1, 1).astype(jnp.float32)
+        mask = jnp.where((step >= 0) & (step < 2 * soft), ramp, mask)
+    return mask.reshape(grey.shape)
+
+
+def fmix_mask(
+    noise: ArrayLike,
+    lam: ArrayLike,
+    shape: tuple[int, ...],
+    *,
+    decay: float = 3.0,
+    max_soft: float = 0.0,
+    ceil: ArrayLike = False,
+    mode: str = "reference",
+) -> Array:
+    """The FMix mask that given noise makes: the deterministic half of `fmix`.
+
+    Args:
+        noise: standard normal, of `noise_shape(shape, mode)`: for (H, W) it is
+            [1, H, W // 2 + 1, 2], with one more column if W is odd. `vmap` for more than one.
+        lam: share of ones, in [0, 1].
+        shape: shape of the mask, (L,), (H, W) or three axes.
+        decay: power of the decay of the spectrum.
+        max_soft: share of the pixels on either side of the edge that a soft edge takes; 0 is hard.
+        ceil: round the number of ones up rather than down.
+        mode: `"reference"` or `"spectral"`, see `fmix_grey`.
+
+    Returns:
+        float32 mask of `shape`, 1 where the example itself is kept. It equals the FMix repository
+        exactly in float64; in float32 pixels that are equally bright to seven digits may swap.
+
+    Raises:
+        ValueError: a wrong shape of the noise, or an argument out of its range.
+
+    Source: Harris et al., "FMix: Enhancing Mixed Sample Data Augmentation", 2020, section 4.
+    """
+    shape = tuple(int(n) for n in shape)
+    _check(shape, mode, decay, max_soft)
+    grey = fmix_grey(noise, shape, decay=decay, mode=mode)
+    return binarise(grey, lam, max_soft=max_soft, ceil=ceil)
+
+
+def fmix(
+    alpha: float = 1.0,
+    decay: float = 3.0,
+    max_soft: float = 0.0,
+    reformulate: bool = False,
+    *,
+    mode: str = "reference",
+    per_batch: bool = False,
+    prob: float = 1.0,
+    pairing: str = "permutation",
+) -> Augmentation:
+    """FMix: mixes with a random mask of low frequency, and the labels by its share.
+
+    `out = mask * x + (1 - mask) * x[partner]`. lam ~ Beta(alpha, alpha) sets the share of ones; a
+    coin decides whether the number of pixels is rounded up or down.
+
+    Args:
+        alpha: parameter of the Beta law; 0 leaves the batch unchanged.
+        decay: power of the decay of the spectrum: the higher, the larger the blobs.
+        max_soft: share of the pixels on either side of the edge that a soft edge takes; 0 is hard.
+        reformulate: draw lam from Beta(alpha + 1, alpha).
+        mode: `"reference"` equals the FMix repository and OpenMixup, whose spectrum has energy only
+            at horizontal frequencies of at most one; `"spectral"` is the method as published.
+        per_batch: one mask for the whole batch (as both references) instead of one an example.
+        prob: probability that an example (the batch, if `per_batch`) is mixed.
+        pairing: `"permutation"`, `"flip"` or `"roll"`, see `mixed_sample`.
+
+    Returns:
+        An augmentation of images [B, L, C], [B, H, W, C] or [B, T, H, W, C] with the plan `partner`
+        int32 [B]; `mask` float32, the image's shape without channels, 1 = own pixel; `lam` float32
+        [B], the weight of the example's own label (the mean of the mask differs from it by less
+        than one pixel's share); `use` bool [B].
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: Harris et al., "FMix: Enhancing Mixed Sample Data Augmentation", 2020, section 4.
+    """
+    check_alpha(alpha)
+    _check((1,), mode, decay, max_soft)
+
+    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
+        lam_key, noise_key, ceil_key = jax.random.split(key, 3)
+        shape = shape[1:-1]
+        lam = beta(lam_key, alpha, (n,), tilted=reformulate)
+        noise = jax.random.normal(noise_key, (n, *noise_shape(shape, mode)))
+        ceil = jax.random.bernoulli(ceil_key, 0.5, (n,))
+
+        def mask(noise: Array, lam: Array, ceil: Array) -> Array:
+            return fmix_mask(
+                noise, lam, shape, decay=decay, max_soft=max_soft, ceil=ceil, mode=mode
+            )
+
+        return {"lam": lam, "mask": jax.vmap(mask)(noise, lam, ceil)}
+
+    def blend(plan: Plan, image: Array, partner: Array) -> tuple[Array, Array]:
+        mask = jnp.asarray(plan["mask"])
+        mask = jnp.broadcast_to(mask, (image.shape[0], *mask.shape[-(image.ndim - 2) :]))
+        return lerp(mask[..., None], image, partner), lam_of(plan, image)
+
+    return mixed_sample(
+        decide, blend, per_batch=per_batch, prob=prob, pairing=pairing, ranks=(3, 4, 5)
+    )

@@ -1,0 +1,281 @@
+"""Geometric image ops: rotation, shear, translation, in the conventions of PIL or torchvision.
+
+All take one image [H, W, C] or a batch [B, H, W, C], which is treated image by image, and return
+the same shape and dtype. Each pixel of the result looks up a point of the source through an
+affine map; pixels are unit squares, (0, 0) the outer corner of the first. `fill` is one number, or
+one a channel, on the scale 0..255 for floating images too; what lies outside the image has this
+colour.
+
+The two dialects differ in the direction of translation, in the rounding and in the border:
+PIL rounds down to the pixel (nearest, in 16-bit fixed point) or to the level (bilinear, bicubic),
+and repeats the border while the point lies in the image; torchvision rounds to the nearest, ties to
+even, and weighs the fill in at the border.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from mixlab.augment.core import to_dtype
+from mixlab.augment.photometric import image_op
+from mixlab.spec import nearest
+from mixlab.types import Array, ArrayLike
+
+Fill = float | Sequence[float]
+Matrix = tuple[tuple[ArrayLike, ArrayLike, ArrayLike], tuple[ArrayLike, ArrayLike, ArrayLike]]
+"""Rows (a, b, c) so that the source's (x, y) is (a, b) . (x, y) + c, row by row."""
+
+_DIALECTS = ("pil", "torchvision")
+_INTERPOLATIONS = {
+    "pil": ("nearest", "bilinear", "bicubic"),
+    "torchvision": ("nearest", "bilinear"),
+}
+
+
+def check_sampling(interpolation: str, dialect: str) -> None:
+    """Raises a `ValueError` unless the dialect is known and has the interpolation."""
+    if dialect not in _DIALECTS:
+        raise ValueError(f"unknown dialect {dialect!r}; {nearest(str(dialect), _DIALECTS)}")
+    known = _INTERPOLATIONS[dialect]
+    if interpolation not in known:
+        raise ValueError(
+            f"the dialect {dialect!r} has no interpolation {interpolation!r}; "
+            f"{nearest(str(interpolation), known)}"
+        )
+
+
+def _fill_color(fill: Fill, image: Array) -> Array:
+    """The fill as [C] or [1], on the scale of the image."""
+    color = np.atleast_1d(np.asarray(fill, np.float64))
+    if color.ndim != 1 or color.size not in (1, image.shape[-1]):
+        raise ValueError(
+            f"fill is one number or one a channel, got {fill!r} for {image.shape[-1]} channels"
+        )
+    scale = 1.0 if image.dtype == jnp.uint8 else 255.0
+    return jnp.asarray(color / scale, jnp.result_type(float))
+
+
+def _affine(image: Array, matrix: Matrix, interpolation: str, fill: Fill, dialect: str) -> Array:
+    check_sampling(interpolation, dialect)
+    color = _fill_color(fill, image)
+    coordinates = [jnp.asarray(v, jnp.result_type(float)) for row in matrix for v in row]
+    a, b, c, d, e, f = coordinates
+    height, width = image.shape[:2]
+    column = jnp.arange(width, dtype=a.dtype) + 0.5
+    row = jnp.arange(height, dtype=a.dtype)[:, None] + 0.5
+    if dialect == "pil" and interpolation == "nearest":
+        x, y = _fixed_point(a, b, c, image), _fixed_point(d, e, f, image)
+        return _pick(image, x, y, color)
+    x = a * column + b * row + c
+    y = d * column + e * row + f
+    if interpolation == "nearest":
+        # The subtraction before rounding makes ties go to the even pixel.
+        x, y = jnp.round(x - 0.5), jnp.round(y - 0.5)
+        return _pick(image, x.astype(jnp.int32), y.astype(jnp.int32), color)
+    if dialect == "torchvision":
+        return to_dtype(_weighted(image, x - 0.5, y - 0.5, color), image.dtype)
+    within = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    values = _interpolated(image, x - 0.5, y - 0.5, interpolation)
+    if image.dtype == jnp.uint8:
+        values = jnp.floor(jnp.clip(values, 0.0, 255.0))
+    elif interpolation == "bicubic":
+        values = jnp.clip(values, 0.0, 1.0)
+    return to_dtype(jnp.where(within[..., None], values, color), image.dtype)
+
+
+def _fixed_point(p: Array, q: Array, r: Array, image: Array) -> Array:
+    """The source pixels on one axis, int32 [H, W], as PIL's 16.16 arithmetic finds them."""
+
+    def fixed(v: Array) -> Array:
+        # Whole part and fraction apart: a float32 cannot hold both at sixteen binary places.
+        whole = jnp.floor(v)
+        fraction = jnp.floor((v - whole) * 65536.0 + 0.5).astype(jnp.int32)
+        return (whole.astype(jnp.int32) << 16) + fraction
+
+    height, width = image.shape[:2]
+    column = jnp.arange(width, dtype=jnp.int32)
+    row = jnp.arange(height, dtype=jnp.int32)[:, None]
+    start = fixed(r + p * 0.5 + q * 0.5)
+    return (start + fixed(p) * column + fixed(q) * row) >> 16
+
+
+def _gather(image: Array, x: Array, y: Array) -> Array:
+    """The pixels at columns `x` and rows `y` [H, W], moved inside if they lie outside."""
+    height, width, channels = image.shape
+    index = jnp.clip(y, 0, height - 1) * width + jnp.clip(x, 0, width - 1)
+    return image.reshape(-1, channels).at[index].get(mode="promise_in_bounds")
+
+
+def _pick(image: Array, x: Array, y: Array, color: Array) -> Array:
+    height, width = image.shape[:2]
+    within = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return jnp.where(within[..., None], _gather(image, x, y), to_dtype(color, image.dtype))
+
+
+def _linear(values: list[Array], t: Array) -> Array:
+    return values[0] + (values[1] - values[0]) * t
+
+
+def _cubic(values: list[Array], t: Array) -> Array:
+    """PIL's cubic, the one with slope parameter -1."""
+    v1, v2, v3, v4 = values
+    p2, p3, p4 = v3 - v1, 2.0 * (v1 - v2) + v3 - v4, v2 - v1 - v3 + v4
+    return v2 + t * (p2 + t * (p3 + t * p4))
+
+
+def _split(v: Array) -> tuple[Array, Array]:
+    whole = jnp.floor(v)
+    return whole.astype(jnp.int32), v - whole
+
+
+def _interpolated(image: Array, x: Array, y: Array, interpolation: str) -> Array:
+    """PIL's bilinear or bicubic values at points in pixel centres, the border repeated."""
+    spline, taps = (_linear, (0, 1)) if interpolation == "bilinear" else (_cubic, (-1, 0, 1, 2))
+    dtype = x.dtype
+    (x, tx), (y, ty) = _split(x), _split(y)
+    tx, ty = (t[..., None].astype(dtype) for t in (tx, ty))
+    rows = [spline([_gather(image, x + i, y + j).astype(dtype) for i in taps], tx) for j in taps]
+    return spline(rows, ty)
+
+
+def _weighted(image: Array, x: Array, y: Array, color: Array) -> Array:
+    """The bilinear values of torchvision: the fill enters by the weight that lies outside.
+
+    The sum over the pixels inside is weighted by their total weight once more before the fill is
+    added, as there.
+    """
+    height, width = image.shape[:2]
+    dtype = x.dtype
+    (x, tx), (y, ty) = _split(x), _split(y)
+    tx, ty = (t[..., None].astype(dtype) for t in (tx, ty))
+    values = jnp.zeros(image.shape, dtype)
+    cover = jnp.zeros((height, width, 1), dtype)
+    for i, j in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        within = (x + i >= 0) & (x + i < width) & (y + j >= 0) & (y + j < height)
+        weight = (tx if i else 1.0 - tx) * (ty if j else 1.0 - ty) * within[..., None].astype(dtype)
+        values = values + weight * _gather(image, x + i, y + j).astype(dtype)
+        cover = cover + weight
+    return (values - color) * cover + color
+
+
+@image_op
+def rotate(
+    image: Array,
+    degrees: ArrayLike,
+    *,
+    interpolation: str = "nearest",
+    fill: Fill = 0,
+    dialect: str = "pil",
+) -> Array:
+    """Rotates counter-clockwise about the centre.
+
+    Equals PIL `Image.rotate`, or torchvision's `rotate` of tensors.
+
+    Args:
+        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        degrees: angle, scalar.
+        interpolation: `"nearest"`, `"bilinear"`, or, in the dialect `"pil"`, `"bicubic"`.
+        fill: colour outside the image, one number or one a channel, on the scale 0..255.
+        dialect: `"pil"` or `"torchvision"`.
+
+    Raises:
+        ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
+    """
+    radians = jnp.asarray(degrees, jnp.result_type(float)) * (np.pi / 180.0)
+    cos, sin = jnp.cos(radians), jnp.sin(radians)
+    y, x = (n / 2.0 for n in image.shape[:2])
+    matrix = ((cos, -sin, x - x * cos + y * sin), (sin, cos, y - x * sin - y * cos))
+    return _affine(image, matrix, interpolation, fill, dialect)
+
+
+@image_op
+def shear_x(
+    image: Array,
+    level: ArrayLike,
+    *,
+    interpolation: str = "nearest",
+    fill: Fill = 0,
+    dialect: str = "pil",
+) -> Array:
+    """Shears along the rows: the row at y takes its pixels from x + level * y.
+
+    Equals PIL's affine transform by (1, level, 0, 0, 1, 0), as timm has it, and torchvision's
+    `ShearX` of RandAugment.
+
+    Args:
+        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        level: pixels a row, scalar; positive moves the lower rows to the left.
+        interpolation: `"nearest"`, `"bilinear"`, or, in the dialect `"pil"`, `"bicubic"`.
+        fill: colour outside the image, one number or one a channel, on the scale 0..255.
+        dialect: `"pil"` or `"torchvision"`.
+
+    Raises:
+        ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
+    """
+    return _affine(image, ((1.0, level, 0.0), (0.0, 1.0, 0.0)), interpolation, fill, dialect)
+
+
+@image_op
+def shear_y(
+    image: Array,
+    level: ArrayLike,
+    *,
+    interpolation: str = "nearest",
+    fill: Fill = 0,
+    dialect: str = "pil",
+) -> Array:
+    """Shears along the columns: the column at x takes its pixels from y + level * x.
+
+    See `shear_x`, with rows and columns exchanged.
+    """
+    return _affine(image, ((1.0, 0.0, 0.0), (level, 1.0, 0.0)), interpolation, fill, dialect)
+
+
+@image_op
+def translate_x(
+    image: Array,
+    pixels: ArrayLike,
+    *,
+    interpolation: str = "nearest",
+    fill: Fill = 0,
+    dialect: str = "pil",
+) -> Array:
+    """Moves the image along its rows.
+
+    Args:
+        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        pixels: scalar. In the dialect `"pil"` each pixel of the result is taken from x + pixels,
+            so the image moves to the left, as in timm; in `"torchvision"` the image moves to the
+            right by the whole part of `pixels`.
+        interpolation: `"nearest"`, `"bilinear"`, or, in the dialect `"pil"`, `"bicubic"`.
+        fill: colour outside the image, one number or one a channel, on the scale 0..255.
+        dialect: `"pil"` or `"torchvision"`.
+
+    Raises:
+        ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
+    """
+    offset = _offset(pixels, dialect)
+    return _affine(image, ((1.0, 0.0, offset), (0.0, 1.0, 0.0)), interpolation, fill, dialect)
+
+
+@image_op
+def translate_y(
+    image: Array,
+    pixels: ArrayLike,
+    *,
+    interpolation: str = "nearest",
+    fill: Fill = 0,
+    dialect: str = "pil",
+) -> Array:
+    """Moves the image along its columns: up in the dialect `"pil"`, down in `"torchvision"`.
+
+    See `translate_x`, with rows and columns exchanged.
+    """
+    offset = _offset(pixels, dialect)
+    return _affine(image, ((1.0, 0.0, 0.0), (0.0, 1.0, offset)), interpolation, fill, dialect)
+
+
+def _offset(pixels: ArrayLike, dialect: str) -> Array:
+    pixels = jnp.asarray(pixels, jnp.result_type(float))
+    return pixels if dialect == "pil" else -jnp.trunc(pixels)

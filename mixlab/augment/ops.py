@@ -1,0 +1,37 @@
+"""The single image ops, `augment.ops.rotate(image, 30)` and so on, gathered from their families.
+
+Each takes one image [H, W, C] or a batch [B, H, W, C], uint8 in 0..255 or floating in [0, 1], and
+draws no random numbers.
+"""
+
+from mixlab.augment.geometric import rotate, shear_x, shear_y, translate_x, translate_y
+from mixlab.augment.photometric import (
+    autocontrast,
+    brightness,
+    color,
+    contrast,
+    equalize,
+    invert,
+    posterize,
+    sharpness,
+    solarize,
+    solarize_add,
+)
+
+__all__ = [
+    "autocontrast",
+    "brightness",
+    "color",
+    "contrast",
+    "equalize",
+    "invert",
+    "posterize",
+    "rotate",
+    "sharpness",
+    "shear_x",
+    "shear_y",
+    "solarize",
+    "solarize_add",
+    "translate_x",
+    "translate_y",
+]
