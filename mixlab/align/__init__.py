@@ -1,1 +1,37 @@
-"""align."""
+"""Finds the permutation symmetries of a network, and matches the hidden units of two of them."""
+
+from mixlab.align.assignment import assignment
+from mixlab.align.matching import (
+    Moments,
+    activation_matching,
+    correlation,
+    covariance,
+    dead_units,
+    match_activations,
+    match_moments,
+    merge_moments,
+    moments,
+    second_moment,
+    weight_matching,
+)
+from mixlab.align.repair import reestimate_batch_stats
+from mixlab.align.symmetry import Permutations, Symmetry, infer_symmetry
+
+__all__ = [
+    "Moments",
+    "Permutations",
+    "Symmetry",
+    "activation_matching",
+    "assignment",
+    "correlation",
+    "covariance",
+    "dead_units",
+    "infer_symmetry",
+    "match_activations",
+    "match_moments",
+    "merge_moments",
+    "moments",
+    "reestimate_batch_stats",
+    "second_moment",
+    "weight_matching",
+]

@@ -1,0 +1,258 @@
+"""From a traced function to the layouts of its leaves, the groups' names, and their activations."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mixlab.align.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Wild, atoms
+from mixlab.align.program import Op, Program, trace
+from mixlab.align.rules import interpret
+from mixlab.trees import named_leaves
+from mixlab.types import PyTree
+
+_VIEWS = {"reshape", "transpose", "convert_element_type", "broadcast_in_dim", "squeeze", "copy"}
+_AVERAGES = {"reduce_sum", "reduce_window_sum", *_VIEWS}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What tracing `fn(variables, *inputs)` tells.
+
+    Attributes:
+        leaves: the name and layout of every leaf of the variables that is an array.
+        homes: for each free atom the name of the leaf that first brings it forth, in the order
+            in which the function meets them.
+        taps: for each free atom the number of the value to look at when matching activations;
+            atoms that no value depending on the inputs carries are absent.
+        values: the layout of every value of the program.
+        notes: what was left fixed for want of knowledge.
+    """
+
+    program: Program
+    leaves: tuple[tuple[str, Layout], ...]
+    homes: dict[int | str, str]
+    taps: dict[int | str, int]
+    values: list[Layout]
+    notes: tuple[str, ...]
+
+
+def infer(fn: Callable[..., Any], variables: PyTree, inputs: Sequence[PyTree]) -> Inference:
+    """Traces `fn(variables, *inputs)` and solves for the layouts of the leaves of `variables`.
+
+    Raises:
+        ValueError: nothing that the function returns depends on the variables.
+    """
+    names = [name for name, leaf in named_leaves(variables) if leaf is not None]
+    program = trace(fn, variables, *inputs)
+    solver = Solver()
+    leaves = program.inputs[: len(names)]
+    free = [tuple(solver.fresh(size) for size in program.shapes[i]) for i in leaves]
+    given = program.inputs[len(names) :]
+    fixed = [tuple(Fixed(size) for size in program.shapes[i]) for i in given]
+    values = interpret(solver, program, [*free, *fixed])
+
+    needed = _reaching(program, program.outputs)
+    unused = [name for name, i in zip(names, leaves, strict=True) if i not in needed]
+    if len(unused) == len(names):
+        raise ValueError(
+            f"nothing that the function returns depends on its variables ({', '.join(names)}): "
+            "pass a function fn(variables, *inputs) that computes its output from them"
+        )
+    for name, i in zip(names, leaves, strict=True):
+        if i not in needed and program.shapes[i]:
+            solver.notes.append(f"leaf {name!r} does not influence the output: its axes are fixed")
+    unused_numbers = [i for i in leaves if i not in needed]
+    for i in [*program.outputs, *unused_numbers]:
+        for term in values[i]:
+            solver.fix(term)
+
+    values = [tuple(solver.resolve(term) for term in layout) for layout in values]
+    named = tuple((name, values[i]) for name, i in zip(names, leaves, strict=True))
+    carried = _depending(program, given)
+    return Inference(
+        program=program,
+        leaves=named,
+        homes=_homes(program, values, dict(zip(leaves, names, strict=True))),
+        taps=_taps(program, values, carried),
+        values=values,
+        notes=tuple(solver.notes),
+    )
+
+
+def _reaching(program: Program, wanted: Sequence[int]) -> set[int]:
+    """The values that some of the `wanted` values are computed from."""
+    reaching = set(wanted)
+    for op in reversed(program.ops):
+        if reaching.intersection(op.outputs):
+            reaching.update(op.inputs)
+    return reaching
+
+
+def _depending(program: Program, sources: Sequence[int]) -> set[int]:
+    """The values that are computed from some of the `sources`."""
+    depending = set(sources)
+    for op in program.ops:
+        if depending.intersection(op.inputs):
+            depending.update(op.outputs)
+    return depending
+
+
+def _names_in(layout: Layout) -> list[int | str]:
+    return [atom.name for term in layout for atom in atoms(term)]
+
+
+def _homes(program: Program, values: list[Layout], leaves: dict[int, str]) -> dict[int | str, str]:
+    homes: dict[int | str, str] = {}
+    origin = {number: number for number in leaves}
+    for op in program.ops:
+        if op.name in _VIEWS and op.inputs[0] in origin:
+            origin[op.outputs[0]] = origin[op.inputs[0]]
+        if op.name in ("dot_general", "conv_general_dilated", "gather"):
+            brought = set(_names_in(values[op.outputs[0]]))
+            for number in (origin[i] for i in op.inputs if i in origin):
+                for atom in _names_in(values[number]):
+                    if atom in brought:
+                        homes.setdefault(atom, leaves[number])
+    for number, name in leaves.items():
+        for atom in _names_in(values[number]):
+            homes.setdefault(atom, name)
+    return homes
+
+
+def _contracted(op: Op, values: list[Layout]) -> Iterator[tuple[int, int | str]]:
+    """The values that the operation contracts, with the atoms on their contracted axes."""
+    axes: list[tuple[int, Sequence[int]]] = []
+    if op.name == "dot_general":
+        contracted, _ = op.params["dimension_numbers"]
+        axes = list(zip(op.inputs, contracted, strict=True))
+    elif op.name == "conv_general_dilated":
+        axes = [(op.inputs[0], op.params["dimension_numbers"].lhs_spec[1:2])]
+    for number, along in axes:
+        for atom in _names_in(tuple(values[number][axis] for axis in along)):
+            yield number, atom
+
+
+def _taps(program: Program, values: list[Layout], carried: set[int]) -> dict[int | str, int]:
+    """For each atom the last value that a later layer contracts over it.
+
+    That is a value after its activation function, and of a residual stream the last sum. A value
+    in which no other atom occurs is preferred, since its rows then mean the same in two models.
+    """
+    best: dict[int | str, tuple[tuple[bool, bool, int], int]] = {}
+
+    def offer(number: int, atom: int | str, is_contracted: bool, time: int) -> None:
+        alone = set(_names_in(values[number])) == {atom}
+        rank = (is_contracted, alone, time)
+        if number in carried and (atom not in best or rank > best[atom][0]):
+            best[atom] = rank, number
+
+    producer: dict[int, Op] = {}
+    for time, op in enumerate(program.ops):
+        for number, atom in _contracted(op, values):
+            offer(number, atom, True, time)
+        for number in op.outputs:
+            producer[number] = op
+            for atom in _names_in(values[number]):
+                offer(number, atom, False, time)
+    return {
+        atom: _before_pooling(number, atom, producer, values, carried)
+        for atom, (_, number) in best.items()
+    }
+
+
+def _before_pooling(
+    number: int,
+    atom: int | str,
+    producer: Mapping[int, Op],
+    values: list[Layout],
+    carried: set[int],
+) -> int:
+    """Steps back over averages, so that statistics see every position rather than their mean."""
+    while number in producer:
+        op = producer[number]
+        source = op.inputs[0]
+        scaled = op.name in ("div", "mul") and not any(
+            map(len, map(values.__getitem__, op.inputs[1:]))
+        )
+        if not (op.name in _AVERAGES or scaled):
+            break
+        if source not in carried or atom not in _names_in(values[source]):
+            break
+        number = source
+    return number
+
+
+def group_names(inference: Inference, variables: PyTree) -> dict[int | str, str]:
+    """Readable names: the module that brings a group forth, `Conv_0` for `params/Conv_0/kernel`.
+
+    Where several groups come from one module they are told apart by the leaf, `mlp/w1`, and where
+    they come from one leaf by their order in it, `query.0`, `query.1`.
+    """
+    collections = isinstance(variables, Mapping) and "params" in variables
+
+    def leaf_of(home: str) -> str:
+        return home.removeprefix("params/") if collections else home
+
+    def module_of(home: str) -> str:
+        return leaf_of(home).rpartition("/")[0] or leaf_of(home)
+
+    homes = inference.homes
+    modules = [module_of(home) for home in homes.values()]
+    leaves = list(homes.values())
+    names: dict[int | str, str] = {}
+    for atom, home in homes.items():
+        if modules.count(module_of(home)) == 1:
+            names[atom] = module_of(home)
+        elif leaves.count(home) == 1:
+            names[atom] = leaf_of(home)
+        else:
+            siblings = [other for other, leaf in homes.items() if leaf == home]
+            only = set(leaves[i] for i, m in enumerate(modules) if m == module_of(home)) == {home}
+            base = module_of(home) if only else leaf_of(home)
+            names[atom] = f"{base}.{siblings.index(atom)}"
+    return names
+
+
+def match_names(inference: Inference, layouts: Mapping[str, Layout]) -> dict[int | str, str]:
+    """Which group of the symmetry `layouts` each atom of the inference is.
+
+    Raises:
+        ValueError: a leaf has a group where the function that was traced admits none.
+    """
+    names: dict[int | str, str] = {}
+
+    def walk(leaf: str, axis: int, found: Any, known: Any) -> None:
+        if isinstance(known, Fixed | Wild) or found == known:
+            return
+        if (
+            isinstance(found, Atom)
+            and isinstance(known, Atom)
+            and names.setdefault(found.name, str(known.name)) == known.name
+        ):
+            return
+        if (
+            isinstance(found, Prod | Sum)
+            and type(found) is type(known)
+            and len(found.parts) == len(known.parts)
+        ):
+            for part, other in zip(found.parts, known.parts, strict=True):
+                walk(leaf, axis, part, other)
+        else:
+            raise ValueError(
+                f"axis {axis} of leaf {leaf!r} belongs to group "
+                f"{', '.join(sorted({str(a.name) for a in atoms(known)}))}, but the function "
+                "given does not admit this permutation; give the function that the symmetry was "
+                "inferred from, or correct the specification"
+            )
+
+    for leaf, layout in inference.leaves:
+        for axis, (found, known) in enumerate(zip(layout, layouts[leaf], strict=True)):
+            walk(leaf, axis, found, known)
+    return names
+
+
+def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shape of every array leaf, by name."""
+    return {name: np.shape(leaf) for name, leaf in named_leaves(tree) if leaf is not None}

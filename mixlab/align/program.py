@@ -1,0 +1,152 @@
+"""A traced function as one flat list of primitive operations, which can be read and evaluated."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from mixlab.types import Array, PyTree
+
+# Calls that compute what their body computes.
+_INLINED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One application of a primitive to numbered values."""
+
+    primitive: core.Primitive
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """The shapes of the outputs."""
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.primitive.name
+
+
+class Program:
+    """The operations of a jaxpr in order, nested calls inlined; values are numbered.
+
+    Attributes:
+        inputs: the numbers of the arguments.
+        outputs: the numbers of the results.
+        constants: the values that the function closes over, and literals.
+        ops: the operations. Control flow (`cond`, `scan`, `while`) stays one operation.
+        shapes: the shape of every value.
+        float_bytes: the width of the narrowest floating array among the values.
+    """
+
+    def __init__(self, closed: core.ClosedJaxpr) -> None:
+        self.ops: list[Op] = []
+        self.constants: dict[int, Any] = {}
+        self.shapes: list[tuple[int, ...]] = []
+        self.float_bytes = 8
+        self.inputs = [self._declare(var) for var in closed.jaxpr.invars]
+        self.outputs = self._inline(closed.jaxpr, self._hold(closed.consts), self.inputs)
+
+    def evaluate(
+        self, arguments: Sequence[Any], wanted: Sequence[int], *, dtype: Any = None
+    ) -> list[Array]:
+        """Runs the program and returns the values numbered `wanted`.
+
+        Args:
+            arguments: one array for each of `inputs`.
+            wanted: numbers of values.
+            dtype: computes all floating values in this precision instead of the traced ones, which
+                the arguments must have too.
+
+        Raises:
+            ValueError: `dtype` is given for a program with control flow, whose bodies are traced
+                for their own precision.
+        """
+        if dtype is not None and not self.is_straight:
+            raise ValueError("a program with control flow runs in the precision it was traced in")
+        values: dict[int, Any] = {i: _cast(value, dtype) for i, value in self.constants.items()}
+        values.update(zip(self.inputs, arguments, strict=True))
+        for op in self.ops:
+            operands = [values[i] for i in op.inputs]
+            if dtype is not None and op.name == "reduce_precision":
+                results = operands
+            else:
+                params = {name: _cast_dtype(value, dtype) for name, value in op.params.items()}
+                result = op.primitive.bind(*operands, **params)
+                results = result if op.primitive.multiple_results else [result]
+            values.update(zip(op.outputs, results, strict=True))
+        return [values[i] for i in wanted]
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether there is no control flow left."""
+        return not any(list(core.jaxprs_in_params(op.params)) for op in self.ops)
+
+    def _new(self, shape: Sequence[int]) -> int:
+        self.shapes.append(tuple(shape))
+        return len(self.shapes) - 1
+
+    def _declare(self, var: Any) -> int:
+        if var.aval.shape and jnp.issubdtype(var.aval.dtype, jnp.floating):
+            self.float_bytes = min(self.float_bytes, var.aval.dtype.itemsize)
+        return self._new(var.aval.shape)
+
+    def _hold(self, constants: Sequence[Any]) -> list[int]:
+        numbers = [self._new(getattr(value, "shape", ())) for value in constants]
+        self.constants.update(zip(numbers, constants, strict=True))
+        return numbers
+
+    def _inline(self, jaxpr: core.Jaxpr, consts: list[int], arguments: list[int]) -> list[int]:
+        number = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True),
+        )
+
+        def read(atom: Any) -> int:
+            if isinstance(atom, core.Literal):
+                return self._hold([atom.val])[0]
+            return number[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            if eqn.primitive.name in _INLINED:
+                body = eqn.params[_INLINED[eqn.primitive.name]]
+                closed = isinstance(body, core.ClosedJaxpr)
+                inner = body.jaxpr if closed else body
+                results = self._inline(inner, self._hold(body.consts) if closed else [], inputs)
+            else:
+                results = [self._declare(var) for var in eqn.outvars]
+                shapes = tuple(self.shapes[i] for i in results)
+                op = Op(eqn.primitive, eqn.params, tuple(inputs), tuple(results), shapes)
+                self.ops.append(op)
+            number.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+
+def trace(fn: Callable[..., Any], *arguments: PyTree) -> Program:
+    """Traces `fn(*arguments)`; the program's inputs are the leaves of the arguments in order."""
+    return Program(jax.make_jaxpr(fn)(*arguments))
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    if dtype is None or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        return value
+    return np.asarray(value).astype(dtype)
+
+
+def _cast_dtype(value: Any, dtype: Any) -> Any:
+    named = isinstance(value, np.dtype) and jnp.issubdtype(value, jnp.floating)
+    return np.dtype(dtype) if dtype is not None and named else value
