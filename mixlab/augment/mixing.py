@@ -392,7 +392,7 @@ def resizemix(
         size = (image.shape[1], image.shape[2])
         box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
         small = partner
-        for axis in (0, 1):
+        for axis in (1, 0):
             small = _resize_into(
                 small, box[:, axis], box[:, axis + 2], axis + 1, interpolation == "bilinear"
             )
@@ -436,13 +436,14 @@ def _resize_into(x: Array, start: Array, stop: Array, axis: int, bilinear: bool)
 
     if not bilinear:
         return at(position * length // span)
-    # The source of the pixel's centre, (position + 1/2) * length / span - 1/2, over 2 * span.
-    source = jnp.maximum((2 * position + 1) * length - span, 0)
-    low = source // (2 * span)
+    # The centre of the pixel, in pixel centres of the source; in this order as PyTorch rounds.
     dtype = working_dtype(x.dtype)
-    fraction = (source % (2 * span)).astype(dtype) / (2 * span).astype(dtype)
-    fraction = fraction.reshape(tuple(n if i in (0, axis) else 1 for i, n in enumerate(x.shape)))
-    return at(low).astype(dtype) * (1.0 - fraction) + at(low + 1).astype(dtype) * fraction
+    scale = jnp.asarray(length, dtype) / span.astype(dtype)
+    source = jnp.maximum(scale * (position.astype(dtype) + 0.5) - 0.5, 0.0)
+    low = jnp.floor(source)
+    t = (source - low).reshape([n if i in (0, axis) else 1 for i, n in enumerate(x.shape)])
+    low = low.astype(jnp.int32)
+    return (1.0 - t) * at(low).astype(dtype) + t * at(low + 1).astype(dtype)
 
 
 def label_smoothing(s: float = 0.1) -> Augmentation:
