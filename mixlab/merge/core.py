@@ -329,13 +329,15 @@ def _named(tree: PyTree) -> dict[str, Any]:
 def _spec(name: str, leaf: Any) -> LeafSpec | None:
     if leaf is None:
         return None
-    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-        return LeafSpec(tuple(leaf.shape), jnp.result_type(leaf.dtype))
-    if isinstance(leaf, bool | int | float | complex):
-        return LeafSpec((), jnp.result_type(leaf))
-    raise TypeError(
-        f"leaf {name!r} is a {type(leaf).__name__}; models hold arrays, numbers and None"
-    )
+    dtype = getattr(leaf, "dtype", type(leaf))
+    try:
+        # PRNG keys have a dtype of their own kind, which result_type does not take.
+        is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
+        return LeafSpec(tuple(np.shape(leaf)), dtype if is_key else jnp.result_type(dtype))
+    except TypeError as error:
+        raise TypeError(
+            f"leaf {name!r} is a {type(leaf).__name__}; models hold arrays, numbers and None"
+        ) from error
 
 
 def _drop_axis(spec: LeafSpec | None) -> LeafSpec | None:

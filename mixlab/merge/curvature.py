@@ -102,9 +102,9 @@ def fisher(
 
 
 def diagonal_fisher(
-    log_probs_fn: Callable[[PyTree, Array], Array],
+    log_probs_fn: Callable[[PyTree, Any], Array],
     params: PyTree,
-    inputs: Array,
+    inputs: PyTree,
     *,
     labels: str | ArrayLike = "exact",
     key: Key | None = None,
@@ -117,7 +117,7 @@ def diagonal_fisher(
     Args:
         log_probs_fn: `(params, inputs [B, ...]) -> log p [B, K]`; it is called with B = 1.
         params: the model; only its floating leaves are differentiated.
-        inputs: `[N, ...]`, N at least 1.
+        inputs: an array `[N, ...]`, or a tree of such arrays, N at least 1.
         labels: whose expectation is taken. `"exact"`: over all K classes under the model's own
             `p(y | x)`; `"sampled"`: one class an example, drawn from it (needs `key`); an integer
             array `[N]`: the given labels (the "empirical" Fisher, which is not the Fisher).
@@ -134,24 +134,26 @@ def diagonal_fisher(
     Source: Matena and Raffel 2022, "Merging Models with Fisher-Weighted Averaging", section 3.1;
     Kunstner et al. 2019, "Limitations of the empirical Fisher", on the third mode.
     """
-    if inputs.ndim == 0 or len(inputs) == 0:
-        raise ValueError(f"inputs must be [N, ...] with N at least 1, got shape {inputs.shape}")
+    num_inputs = trees.leading_size(inputs)
+    if num_inputs == 0:
+        raise ValueError("inputs must be [N, ...] with N at least 1, got N = 0")
+    inputs = jax.tree.map(jnp.asarray, inputs)
     named = trees.named_leaves(params)
     moving = {name: jnp.asarray(leaf) for name, leaf in named if trees.is_inexact(leaf)}
     for name, leaf in moving.items():
         core.check_real(name, leaf.dtype, "diagonal_fisher")
 
-    def log_probs(moving: dict[str, Array], x: Array) -> Array:
+    def log_probs(moving: dict[str, Array], i: ArrayLike) -> Array:
         whole = trees.map_named(lambda name, leaf: moving.get(name, leaf), params)
-        return log_probs_fn(whole, x[None])[0]
+        return log_probs_fn(whole, jax.tree.map(lambda x: x[i][None], inputs))[0]
 
-    shape = jax.eval_shape(log_probs, moving, inputs[0]).shape
+    shape = jax.eval_shape(log_probs, moving, 0).shape
     if len(shape) != 1:
         raise ValueError(f"log_probs_fn must return log p of shape [B, K], got {(1, *shape)}")
-    classes_of = _votes(labels, key, len(inputs), shape[0])
+    classes_of = _votes(labels, key, num_inputs, shape[0])
 
     def add_example(total: dict[str, Array], i: Array) -> tuple[dict[str, Array], None]:
-        values, pull = jax.vjp(lambda moving: log_probs(moving, inputs[i]), moving)
+        values, pull = jax.vjp(lambda moving: log_probs(moving, i), moving)
 
         def add_class(total: dict[str, Array], vote: tuple[Array, Array]) -> Any:
             label, weight = vote
@@ -166,11 +168,11 @@ def diagonal_fisher(
         return jax.lax.scan(add_class, total, classes_of(i, values))
 
     zeros = {name: jnp.zeros(x.shape, core.wide(x.dtype)) for name, x in moving.items()}
-    total, _ = jax.lax.scan(add_example, zeros, jnp.arange(len(inputs)))
+    total, _ = jax.lax.scan(add_example, zeros, jnp.arange(num_inputs))
 
     def leaf_of(name: str, leaf: Array | None) -> Array | None:
         if name in total:
-            return total[name] / len(inputs)
+            return total[name] / num_inputs
         return None if leaf is None else jnp.zeros_like(leaf)
 
     return trees.map_named(leaf_of, params)

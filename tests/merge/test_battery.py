@@ -1,0 +1,322 @@
+"""What holds for every public method, by construction: a method without a row fails."""
+
+import functools
+import inspect
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixlab import merge, trees
+
+
+class Row(NamedTuple):
+    method: merge.MergeMethod
+    needs_base: bool = False
+    num_models: int = 3
+    symmetric: bool = True
+
+
+ROWS = {
+    "average": Row(merge.average()),
+    "fisher": Row(merge.fisher(normalize=True)),
+    "interpolate": Row(merge.interpolate(0.3), num_models=2, symmetric=False),
+    "slerp": Row(merge.slerp(0.3), num_models=2, symmetric=False),
+    "task_arithmetic": Row(merge.task_arithmetic(0.5), needs_base=True),
+    "ties": Row(merge.ties(0.5), needs_base=True),
+}
+every = pytest.mark.parametrize("name", sorted(ROWS))
+
+
+def test_every_method_has_a_row():
+    public = (getattr(merge, name) for name in merge.__all__)
+    methods = {
+        fn.__name__
+        for fn in public
+        if inspect.isfunction(fn)
+        and inspect.signature(fn).return_annotation is merge.MergeMethod
+        and fn not in (merge.chain, merge.parse)
+    }
+    assert methods == ROWS.keys() == merge.METHODS.keys()
+
+
+def model(seed, dtype="float32"):
+    """A tree with every kind of leaf; kernels of the same seed are alike but for rounding."""
+    rng = np.random.default_rng(seed)
+    return {
+        "dense": {
+            "kernel": jnp.asarray(rng.normal(size=(4, 3)), dtype),
+            "gain": jnp.asarray(rng.normal(), dtype),
+            "empty": jnp.zeros((0, 2), dtype),
+        },
+        "steps": jnp.asarray(seed, jnp.int32),
+        "frozen": jnp.asarray([seed % 2 == 0, True]),
+        "bias": None,
+    }
+
+
+BASE_SEED = 100
+
+
+def arguments(row, dtype="float32"):
+    """Models, and the keyword arguments that the method takes with them."""
+    models = [model(seed, dtype) for seed in range(row.num_models)]
+    kwargs = {"base": model(BASE_SEED, dtype)}
+    if row.method is ROWS["fisher"].method:
+        kwargs["fishers"] = [jax.tree.map(jnp.square, model(seed + 10)) for seed in range(3)]
+    return models, kwargs
+
+
+@functools.cache
+def jitted(name):
+    return jax.jit(ROWS[name].method)
+
+
+@functools.cache
+def eager(name):
+    models, kwargs = arguments(ROWS[name])
+    return ROWS[name].method(models, **kwargs)
+
+
+def assert_close(a, b, **tolerance):
+    trees.check_same_structure(a, b)
+    for (name, x), (_, y) in zip(trees.named_leaves(a), trees.named_leaves(b), strict=True):
+        if x is not None:
+            assert jnp.asarray(x).dtype == jnp.asarray(y).dtype, name
+            x, y = (np.asarray(leaf, np.float64) for leaf in (x, y))
+            np.testing.assert_allclose(x, y, err_msg=name, **tolerance)
+
+
+def assert_equal(a, b):
+    assert_close(a, b, rtol=0, atol=0)
+
+
+@every
+def test_equal_models_merge_to_that_model(name):
+    row = ROWS[name]
+    models, kwargs = arguments(row)
+    models = [models[0]] * len(models)
+    if row.needs_base:
+        kwargs["base"] = models[0]
+    merged = jitted(name)(models, **kwargs)
+    assert_close(merged["dense"], models[0]["dense"], rtol=1e-6, atol=1e-6)
+
+
+@every
+def test_order_of_models(name):
+    models, kwargs = arguments(ROWS[name])
+    swapped = [*models[1:], models[0]]
+    if "fishers" in kwargs:
+        kwargs["fishers"] = [*kwargs["fishers"][1:], kwargs["fishers"][0]]
+    merged = jitted(name)(swapped, **kwargs)
+    if ROWS[name].symmetric:
+        assert_close(merged, eager(name), rtol=1e-5, atol=1e-6)
+    else:
+        assert not np.allclose(merged["dense"]["kernel"], eager(name)["dense"]["kernel"])
+
+
+@every
+def test_other_leaves_come_from_the_base(name):
+    models, kwargs = arguments(ROWS[name])
+    copied = ("steps", "frozen", "bias")
+    for run in (eager(name), jitted(name)(models, **kwargs)):
+        assert_equal({k: run[k] for k in copied}, {k: kwargs["base"][k] for k in copied})
+    if not ROWS[name].needs_base:
+        kwargs["base"] = None
+        merged = ROWS[name].method(models, **kwargs)
+        assert_equal({k: merged[k] for k in copied}, {k: models[0][k] for k in copied})
+
+
+@every
+def test_list_is_stacked_is_tuple(name):
+    models, kwargs = arguments(ROWS[name])
+    assert_equal(ROWS[name].method(trees.stack(models), **kwargs), eager(name))
+    assert_equal(ROWS[name].method(tuple(models), **kwargs), eager(name))
+
+
+@every
+def test_jit_is_eager(name):
+    models, kwargs = arguments(ROWS[name])
+    assert_close(jitted(name)(models, **kwargs), eager(name), rtol=1e-5, atol=1e-6)
+
+
+class OnDisk:
+    """An array that is not in memory until it is read, and that notes by name when it is."""
+
+    def __init__(self, name, value, reads):
+        self.name, self.value, self.reads = name, value, reads
+        self.shape, self.dtype = value.shape, value.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        self.reads.append(self.name)
+        return np.array(self.value)
+
+
+@every
+def test_leaf_by_leaf_is_whole(name):
+    """Both halves on models that are on disk: `measure` sweeps, `combine` takes one leaf a call."""
+    models, kwargs = arguments(ROWS[name])
+    reads = []
+
+    def on_disk(tree):
+        return trees.map_named(
+            lambda leaf, x: OnDisk(leaf, np.asarray(x), reads) if trees.is_inexact(x) else x, tree
+        )
+
+    method, (base, *models) = ROWS[name].method, map(on_disk, (kwargs.pop("base"), *models))
+    assert not reads
+    plan = method.measure(models, base, None, **kwargs)
+    sweep = [leaf for i, leaf in enumerate(reads) if i == 0 or reads[i - 1] != leaf]
+    num_leaves = len(set(reads))
+    assert all(len(set(sweep[i : i + num_leaves])) == num_leaves for i in range(len(sweep) - 2))
+
+    merged = {}
+    for leaf in dict(trees.named_leaves(base)):
+        reads.clear()
+        part, *parts = ({leaf: dict(trees.named_leaves(tree))[leaf]} for tree in (base, *models))
+        merged |= method.combine(plan, parts, part)
+        assert set(reads) <= {leaf}
+    assert_equal(merged, dict(trees.named_leaves(eager(name))))
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_dtypes_are_computed_in_float32(name, dtype):
+    models, kwargs = arguments(ROWS[name], dtype)
+    merged = jitted(name)(models, **kwargs)
+
+    def widen(tree):
+        return jax.tree.map(lambda x: x.astype("float32") if trees.is_inexact(x) else x, tree)
+
+    kwargs["base"] = widen(kwargs["base"])
+    wide = jitted(name)([widen(m) for m in models], **kwargs)
+    rounded = jax.tree.map(lambda x, like: x.astype(like.dtype), wide, models[0])
+    assert_close(merged, rounded, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-7)
+
+
+@every
+def test_double_precision_is_kept(name, x64):
+    models, kwargs = arguments(ROWS[name], "float64")
+    if "fishers" in kwargs:
+        kwargs["fishers"] = [jax.tree.map(jnp.ones_like, m) for m in models]
+    kernel = jax.jit(ROWS[name].method)(models, **kwargs)["dense"]["kernel"]
+    assert kernel.dtype == jnp.float64
+    if name in ("average", "fisher"):
+        mean = np.mean([m["dense"]["kernel"] for m in models], axis=0)
+        np.testing.assert_allclose(kernel, mean, rtol=1e-15, atol=1e-15)
+
+
+@every
+def test_gradient_is_finite(name):
+    row = ROWS[name]
+    models, kwargs = arguments(row)
+    # Zero and equal leaves, where norms and angles have no gradient of their own.
+    models[0]["dense"]["gain"] = jnp.zeros(())
+    models[1]["dense"]["kernel"] = models[0]["dense"]["kernel"]
+
+    def loss(moving):
+        whole = [m | {"dense": d} for m, d in zip(models, moving, strict=True)]
+        plan = row.method.measure(whole, kwargs["base"], None, **inputs)
+        merged = row.method.combine(plan, whole, kwargs["base"])
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(merged["dense"]))
+
+    inputs = {k: v for k, v in kwargs.items() if k != "base"}
+    gradient = jax.jit(jax.grad(loss))([m["dense"] for m in models])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+
+
+@every
+def test_mismatched_models_are_errors_that_name_the_leaf(name):
+    method = ROWS[name].method
+    models, kwargs = arguments(ROWS[name])
+
+    def broken(**dense):
+        return [*models[:-1], models[-1] | {"dense": models[-1]["dense"] | dense}]
+
+    with pytest.raises(ValueError, match="dense/extra"):
+        method(broken(extra=jnp.ones(3)), **kwargs)
+    with pytest.raises(ValueError, match=r"'dense/gain' is float32\[3\]"):
+        method(broken(gain=jnp.ones(3)), **kwargs)
+    with pytest.raises(ValueError, match=r"'dense/kernel' is bfloat16\[4, 3\]"):
+        method(broken(kernel=jnp.ones((4, 3), jnp.bfloat16)), **kwargs)
+    with pytest.raises(ValueError, match="'dense/kernel' is None"):
+        method(broken(kernel=None), **kwargs)
+    with pytest.raises(TypeError, match="'dense/kernel' is a str"):
+        method(broken(kernel="weights"), **kwargs)
+    with pytest.raises(ValueError, match="empty list"):
+        method([], **kwargs)
+    other = kwargs | {
+        "base": kwargs["base"] | {"dense": models[0]["dense"] | {"gain": jnp.ones(2)}}
+    }
+    with pytest.raises(ValueError, match=r"'dense/gain' is float32\[2\] in the base"):
+        method(models, **other)
+    with pytest.raises(TypeError, match="fischers"):
+        method(models, **kwargs, fischers=None)
+
+
+@every
+def test_a_missing_base_is_an_error(name):
+    if ROWS[name].needs_base:
+        with pytest.raises(ValueError, match="base="):
+            ROWS[name].method(arguments(ROWS[name])[0])
+
+
+@every
+def test_wrong_number_of_models_or_weights(name):
+    models, kwargs = arguments(ROWS[name])
+    maker = merge.METHODS[name]
+    if "weights" in inspect.signature(maker).parameters:
+        with pytest.raises(ValueError, match="each of the 3 models"):
+            maker(weights=[0.5, 0.5])(models, **kwargs)
+        with pytest.raises(ValueError, match="finite"):
+            maker(weights=[0.5, 0.5, np.nan])
+    else:
+        with pytest.raises(ValueError, match="two models, got 1"):
+            ROWS[name].method(models[:1], **kwargs)
+
+
+@every
+def test_parse_makes_the_method(name):
+    row = ROWS[name]
+    models, kwargs = arguments(row)
+    text = {
+        "fisher": "fisher(normalize=True)",
+        "interpolate": "interpolate(0.3)",
+        "slerp": "slerp(t=0.3)",
+        "task_arithmetic": "task_arithmetic(scale=0.5)",
+        "ties": "ties(density=0.5)",
+    }.get(name, name)
+    assert_equal(merge.parse(text)(models, **kwargs), eager(name))
+    assert merge.parse(row.method) is row.method
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shapes=st.lists(st.sampled_from([(), (3,), (0,), (2, 3)]), max_size=3),
+    ints=st.booleans(),
+    weights=st.lists(st.floats(0.125, 4, width=16), min_size=1, max_size=3),
+    nested=st.sampled_from([dict, list, tuple]),
+)
+def test_average_of_any_tree(shapes, ints, weights, nested):
+    rng = np.random.default_rng(len(shapes))
+
+    def tree():
+        floats = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+        inner = {str(i): x for i, x in enumerate(floats)} if nested is dict else nested(floats)
+        return {"inner": inner, "count": 3 if ints else None}
+
+    models = [tree() for _ in weights]
+    merged = merge.average(weights)(models)
+    assert merged["count"] == (3 if ints else None)
+    assert type(merged["inner"]) is nested
+    expected = [
+        np.average(np.stack(leaves), axis=0, weights=weights)
+        for leaves in zip(*(jax.tree.leaves(m["inner"]) for m in models), strict=True)
+    ]
+    for found, value in zip(jax.tree.leaves(merged["inner"]), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
