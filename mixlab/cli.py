@@ -1,6 +1,8 @@
 """The command `mixlab`: `mixlab train --config FILE --workdir DIR`, `mixlab report DIR`."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags
@@ -77,5 +79,7 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _fail(message: str, status: int) -> None:
+    if sys.exc_info()[0] is not None and os.environ.get("MIXLAB_TRACEBACK"):
+        traceback.print_exc()
     print(f"\nmixlab: {message}", file=sys.stderr)
     sys.exit(status)

@@ -72,26 +72,27 @@ def default_config() -> ConfigDict:
 
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    fn.__name__: fn
-    for fn in (
-        optax.adabelief,
-        optax.adam,
-        optax.adamw,
-        optax.lamb,
-        optax.lars,
-        optax.lion,
-        optax.nadam,
-        optax.rmsprop,
-        optax.sgd,
-        optax.add_decayed_weights,
-        optax.clip_by_global_norm,
-        optax.cosine_decay_schedule,
-        optax.exponential_decay,
-        optax.linear_schedule,
-        optax.piecewise_constant_schedule,
-        optax.warmup_cosine_decay_schedule,
+    name: getattr(optax, name)
+    for name in (
+        "adabelief",
+        "adam",
+        "adamw",
+        "lamb",
+        "lars",
+        "lion",
+        "nadam",
+        "rmsprop",
+        "sgd",
+        "add_decayed_weights",
+        "clip_by_global_norm",
+        "cosine_decay_schedule",
+        "exponential_decay",
+        "linear_schedule",
+        "piecewise_constant_schedule",
+        "warmup_cosine_decay_schedule",
     )
 }
+"""What `config.optimizer` may name: optax's own optimizers, transformations and schedules."""
 
 
 class Diverged(FloatingPointError):
@@ -220,16 +221,16 @@ def prepare(config: ConfigDict) -> Experiment:
     alone = parallel.replicate(jnp.eye(config.agents))
 
     # 4. Programs over the agent axis.
-    def init(axis: agents.Axis, state: None, held: None, shared: PyTree) -> PyTree:
+    def init(axis: agents.Axis, ids: Array, held: PyTree, shared: PyTree) -> PyTree:
         def one(agent: Array) -> tuple[PyTree, PyTree]:
             own = init_key if config.same_init else jax.random.fold_in(init_key, agent)
             variables = model.init(own, shared["images"][:1])
             return variables, problem.optimizer.init(variables["params"])
 
-        variables, opt_state = axis.each(one)(axis.ids)
-        healthy = jnp.full(axis.ids.shape, -1, jnp.int32)
+        variables, opt_state = axis.each(one)(ids)
+        healthy = jnp.full(ids.shape, -1, jnp.int32)
         state = strategy.init(axis, agents.AgentState(variables, opt_state, healthy))
-        totals = {name: jnp.zeros(axis.ids.shape) for name in ("loss", "accuracy", "steps")}
+        totals = {name: jnp.zeros(ids.shape) for name in ("loss", "accuracy", "steps")}
         return state, totals
 
     def step(axis: agents.Axis, carry: PyTree, held: PyTree, shared: PyTree) -> PyTree:
@@ -251,15 +252,15 @@ def prepare(config: ConfigDict) -> Experiment:
         state = strategy.local_step(axis, problem, state, grads, stats, shared["weights"])
         return state, jax.tree.map(jnp.add, totals, metrics)
 
-    def communicate(axis: agents.Axis, carry: PyTree, held: None, shared: PyTree) -> PyTree:
+    def communicate(axis: agents.Axis, carry: PyTree, held: PyTree, shared: PyTree) -> PyTree:
         state, totals = carry
         here = problem._replace(images=shared["images"])
         return strategy.communicate(axis, here, state, shared["weights"]), totals
 
-    def evaluate(axis: agents.Axis, variables: PyTree, held: None, batch: Batch) -> PyTree:
+    def evaluate(axis: agents.Axis, variables: PyTree, held: PyTree, batch: Batch) -> PyTree:
         return axis.each(lambda own: _evaluate(model, own, batch))(variables)
 
-    def consensus(axis: agents.Axis, variables: PyTree, held: None, shared: PyTree) -> PyTree:
+    def consensus(axis: agents.Axis, variables: PyTree, held: PyTree, shared: PyTree) -> PyTree:
         return agents.consensus(axis, problem._replace(images=shared["images"]), variables)
 
     run_step = parallel.compile(step, donate=True)
@@ -275,12 +276,12 @@ def prepare(config: ConfigDict) -> Experiment:
         return run_step(carry, held, {"step": np.int32(now), "weights": weights})
 
     def test(variables: PyTree) -> dict[str, np.ndarray]:
-        sums = [parallel.get(run_evaluate(variables, None, batch)) for batch in test_batches]
+        sums = [parallel.get(run_evaluate(variables, {}, batch)) for batch in test_batches]
         total = {name: sum(s[name] for s in sums) for name in sums[0]}
         return {name: total[name] / total["examples"] for name in ("accuracy", "loss")}
 
     def test_consensus(variables: PyTree) -> dict[str, float]:
-        found = run_consensus(variables, None, shared)
+        found = run_consensus(variables, {}, shared)
         return {
             "consensus_accuracy": float(test(found.aligned)["accuracy"][0]),
             "plain_accuracy": float(test(found.plain)["accuracy"][0]),
@@ -308,9 +309,9 @@ def prepare(config: ConfigDict) -> Experiment:
         strategy=strategy,
         topology=topology,
         feed=feed,
-        init=lambda: parallel.compile(init)(None, None, shared),
+        init=lambda: parallel.compile(init)(parallel.put(np.arange(config.agents)), {}, shared),
         step=run,
-        communicate=lambda carry: run_communicate(carry, None, shared),
+        communicate=lambda carry: run_communicate(carry, {}, shared),
         test=test,
         consensus=test_consensus,
         about=about,
@@ -474,11 +475,16 @@ def _test_batches(
 
 
 def _batch_stats(model: Any, variables: PyTree) -> Callable[[PyTree, Array], PyTree]:
+    """How BatchNorm statistics are re-estimated; nothing to do for a model that has none."""
     if "batch_stats" not in variables:
         return lambda variables, images: variables
 
+    def seen(variables: PyTree, images: Array) -> PyTree:
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
     def reestimated(variables: PyTree, images: Array) -> PyTree:
-        raise AssertionError
+        momentum = models.BATCH_NORM_MOMENTUM
+        return align.reestimate_batch_stats(seen, variables, [images], momentum=momentum)
 
     return reestimated
 

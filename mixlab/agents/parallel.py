@@ -127,14 +127,20 @@ class Parallel:
         donated = (0,) if donate else ()
         if self.backend != "pmap":
             return jax.jit(block, donate_argnums=donated)
+        # The state goes in a tuple because JAX 0.10 and 0.12 read in_axes=(0, 0, None) wrongly
+        # whenever the three arguments happen to have three leaves in all.
         mapped = jax.pmap(
-            block, _DEVICES, in_axes=(0, 0, None), devices=self.devices, donate_argnums=donated
+            lambda state, agents, shared: block(*state, agents, shared),
+            _DEVICES,
+            in_axes=((0,), 0, None),
+            devices=self.devices,
+            donate_argnums=donated,
         )
         if self.devices[0].platform != "cpu":
-            return mapped
+            return lambda state, agents, shared: mapped((state,), agents, shared)
         # Forced CPU devices share one small thread pool. Were two programs with collectives in
         # flight, threads of both could wait for partners that never get a thread.
-        return lambda *arguments: jax.block_until_ready(mapped(*arguments))
+        return lambda state, agents, shared: jax.block_until_ready(mapped((state,), agents, shared))
 
     def _blocks(self, x: Any) -> np.ndarray | Array:
         array = x if isinstance(x, jax.Array) else np.asarray(x)
