@@ -145,14 +145,25 @@ def interpolate(at, x, y, interpolation):
     return curve(*(curve(*(at(top + i, left + j) for j in offsets), dx) for i in offsets), dy)
 
 
+def fixed(value):
+    return math.floor(value * 65536 + 0.5)
+
+
 def sample_pil(image, matrix, interpolation, fill=None):
     """Pillow's affine transform: pixel centres at half integers, origin at the corner.
 
-    Pixels whose centre maps outside of the image are filled; inside, neighbours are clamped.
+    Pixels whose centre maps outside of the image are filled; inside, neighbours are clamped. Where
+    the axes are sheared or turned, nearest computes in integers, in units of 1 / 65536.
     """
     height, width = image.shape[:2]
     col, row = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     x, y = (a * col + b * row + c for a, b, c in matrix)
+    if interpolation == "nearest" and (matrix[0][1] or matrix[1][0]):
+        x, y = (
+            (col - 0.5) * fixed(a) + (row - 0.5) * fixed(b) + fixed(c + a / 2 + b / 2)
+            for a, b, c in matrix
+        )
+        x, y = x / 65536, y / 65536
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
 
     def at(rows, cols):
@@ -189,7 +200,7 @@ def rotate(image, degrees, interpolation="nearest", fill=None):
     c = round(math.cos(math.radians(degrees)), 15)
     s = round(math.sin(math.radians(degrees)), 15)
     x, y = width / 2, height / 2
-    matrix = [[c, -s, x - c * x + s * y], [s, c, y - s * x - c * y]]
+    matrix = [[c, -s, -c * x + s * y + x], [s, c, -s * x - c * y + y]]
     return sample_pil(image, matrix, interpolation, fill)
 
 

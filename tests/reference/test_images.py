@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance, ImageOps
 
 from tests import golden
 from tests.reference import images
@@ -116,6 +117,62 @@ def test_torchvision(op):
                 assert (found != expected).mean() <= ties, case
                 checked += 1
     assert checked
+
+
+PILLOW = {
+    "autocontrast": lambda image, _: ImageOps.autocontrast(image),
+    "equalize": lambda image, _: ImageOps.equalize(image),
+    "invert": lambda image, _: ImageOps.invert(image),
+    "posterize": lambda image, level: ImageOps.posterize(image, 1 + int(7 * level)),
+    "solarize": lambda image, level: ImageOps.solarize(image, int(256 * level)),
+    "color": lambda image, level: ImageEnhance.Color(image).enhance(2 * level),
+    "contrast": lambda image, level: ImageEnhance.Contrast(image).enhance(2 * level),
+    "brightness": lambda image, level: ImageEnhance.Brightness(image).enhance(2 * level),
+    "sharpness": lambda image, level: ImageEnhance.Sharpness(image).enhance(2 * level),
+}
+ARGUMENT = {
+    "autocontrast": lambda level: (),
+    "equalize": lambda level: (),
+    "invert": lambda level: (),
+    "posterize": lambda level: (1 + int(7 * level),),
+    "solarize": lambda level: (int(256 * level),),
+}
+
+
+@pytest.mark.parametrize("name", PILLOW)
+def test_photometric_against_pillow(name):
+    rng = np.random.default_rng(0)
+    for height, width, low, high in ((9, 14, 0, 256), (16, 5, 90, 140), (4, 4, 7, 8)):
+        x = rng.integers(low, high, (height, width, 3)).astype(np.uint8)
+        for level in (0.0, 0.3, 0.5, 0.8, 1.0):
+            expected = np.asarray(PILLOW[name](Image.fromarray(x), level))
+            arguments = ARGUMENT.get(name, lambda level: (2 * level,))(level)
+            np.testing.assert_array_equal(getattr(images, name)(x, *arguments), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_geometric_against_pillow(interpolation):
+    rng = np.random.default_rng(1)
+    fill = (128, 7, 255)
+    settings = {"resample": Image.Resampling[interpolation.upper()], "fillcolor": fill}
+    for height, width in ((11, 14), (16, 16)):
+        x = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        given = Image.fromarray(x)
+        for degrees in (0, 30, -17.3, 45, 90, 180):
+            expected = np.asarray(given.rotate(degrees, **settings))
+            found = images.rotate(x, degrees, interpolation, fill)
+            np.testing.assert_array_equal(found, expected, err_msg=str(degrees))
+        for level in (0.3, -0.27, 0.5):
+            for name, data in (
+                ("shear_x", (1, level, 0, 0, 1, 0)),
+                ("shear_y", (1, 0, 0, level, 1, 0)),
+                ("translate_x", (1, 0, 10 * level, 0, 1, 0)),
+                ("translate_y", (1, 0, 0, 0, 1, 10 * level)),
+            ):
+                expected = given.transform(given.size, Image.Transform.AFFINE, data, **settings)
+                argument = 10 * level if name.startswith("translate") else level
+                found = getattr(images, name)(x, argument, interpolation, fill)
+                np.testing.assert_array_equal(found, expected, err_msg=f"{name} {level}")
 
 
 def test_magnitudes():
