@@ -113,41 +113,46 @@ class Models:
     Attributes:
         leaves: the floating (and complex) leaves, stacked `[M, ...]`, in float32 or wider.
         base: the same leaves of the base, or None where there is no base.
-        originals: by name, every leaf of the base, or of the first model where there is no base.
+        specs: by name, what every leaf of one model is; None for None.
+        original: gives the leaf of a name in the base, or in the first model without a base.
         column: gives the leaf of a name in every model, unconverted; None where it is None.
         treedef: the structure of one model.
     """
 
     leaves: Leaves
     base: Leaves | None
-    originals: dict[str, Any]
+    specs: dict[str, LeafSpec | None]
+    original: Callable[[str], Any]
     column: Callable[[str], Any]
     treedef: Any
 
     @property
     def copied(self) -> list[str]:
         """The names of the leaves that are copied, not merged: integers, bools, keys and None."""
-        return [name for name in self.originals if name not in self.leaves.specs]
+        return [name for name in self.specs if name not in self.leaves.specs]
 
     @property
     def template(self) -> PyTree:
         """The base, or the first model where there is no base."""
-        return jax.tree.unflatten(self.treedef, self.originals.values())
+        return jax.tree.unflatten(self.treedef, [self.original(name) for name in self.specs])
 
     def differ(self, name: str) -> bool:
         """Whether the models differ in a leaf that is copied."""
         values = self.column(name)
-        return values is not None and any(np.any(x != values[0]) for x in values[1:])
+        if values is None:
+            return False
+        first, *rest = (_loaded(values[i]) for i in range(self.leaves.num_models))
+        return any(bool((x != first).any()) for x in rest)
 
     def write(self, merged: Callable[[str], Array]) -> PyTree:
         """A model of the leaves `merged(name)`, in the models' dtypes, and of the copied ones."""
-
-        def leaf(name: str) -> Any:
-            original = self.originals[name]
-            return original if name in copied else merged(name).astype(jnp.result_type(original))
-
-        copied = set(self.copied)
-        return jax.tree.unflatten(self.treedef, [leaf(name) for name in self.originals])
+        leaves = [
+            merged(name).astype(spec.dtype)
+            if spec is not None and name in self.leaves.specs
+            else self.original(name)
+            for name, spec in self.specs.items()
+        ]
+        return jax.tree.unflatten(self.treedef, leaves)
 
 
 def open_models(models: PyTree, base: PyTree | None = None) -> Models:
@@ -192,15 +197,15 @@ def open_models(models: PyTree, base: PyTree | None = None) -> Models:
             return jnp.stack([_array(leaf) for leaf in leaves])
         return _array(leaves)
 
-    def first(name: str) -> Any:
-        leaves = column_of(name)
-        return None if leaves is None else leaves[0]
-
     based = None if base is None else _named(base)
     if based is not None:
         trees.check_same_structure(template, base, what="a model and the base")
         for name, leaf in based.items():
             _check_equal(name, _spec(name, leaf), model_specs[name], "the base", "the models")
+
+    def original(name: str) -> Any:
+        leaves = column_of(name) if based is None else [based[name]]
+        return None if leaves is None else leaves[0]
 
     specs = {
         name: LeafSpec(spec.shape, wide(spec.dtype))
@@ -213,7 +218,8 @@ def open_models(models: PyTree, base: PyTree | None = None) -> Models:
         base=None
         if based is None
         else Leaves(specs, num_models, lambda name: _array(based[name]).astype(specs[name].dtype)),
-        originals=based or {name: first(name) for name in model_specs},
+        specs=model_specs,
+        original=original,
         column=column_of,
         treedef=jax.tree.structure(template, is_leaf=lambda x: x is None),
     )
@@ -360,4 +366,8 @@ def _check_equal(
 
 
 def _array(leaf: Any) -> Array:
-    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(np.asarray(leaf))
+    return jnp.asarray(_loaded(leaf))
+
+
+def _loaded(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
