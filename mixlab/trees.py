@@ -118,6 +118,11 @@ def is_inexact(leaf: Any) -> bool:
     return leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype that a floating dtype is computed in: float32, or itself if it is wider."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
 def norm(tree: PyTree) -> Array:
     """The Euclidean norm over all floating leaves, in float32 or wider."""
     total = jnp.zeros((), jnp.float32)

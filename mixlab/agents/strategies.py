@@ -100,7 +100,7 @@ def mix(axis: Axis, weights: Array, tree: PyTree) -> PyTree:
     def leaf(x: Array) -> Array:
         if not trees.is_inexact(x):
             return x
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = trees.wide(x.dtype)
         everyone = axis.gather(x).astype(wide)
         mixed = jnp.tensordot(
             rows.astype(wide), everyone, axes=1, precision=jax.lax.Precision.HIGHEST
