@@ -1,9 +1,7 @@
 """Who holds which examples.
 
 A partition is a list of sorted int64 arrays, one an agent, disjoint and together all indices of the
-data; every agent holds at least one example. The same arguments give the same partition on every
-machine: the draws are those of `np.random.RandomState` and `random.Random`, whose streams are
-frozen, unlike those of NumPy's `Generator`.
+data; every agent holds at least one example. The same arguments give the same partition.
 """
 
 import functools
@@ -37,7 +35,7 @@ def iid(
     order = (
         np.arange(len(labels))
         if seed is None
-        else np.random.RandomState(seed).permutation(len(labels))
+        else np.random.default_rng(seed).permutation(len(labels))
     )
     if not stratified:
         return _sorted(np.array_split(order, num_agents))
@@ -104,7 +102,7 @@ def shards(
             f"{num_agents} agents of {k} classes each cannot hold {len(classes)} classes; give at "
             f"least classes_per_agent={-(-len(classes) // num_agents)}"
         )
-    tie = np.zeros if seed is None else np.random.RandomState(seed).random_sample
+    tie = np.zeros if seed is None else np.random.default_rng(seed).random
     held = np.zeros((num_agents, len(classes)), bool)
     for r in range(num_agents):
         fewest = np.lexsort((tie(len(classes)), held.sum(axis=0)))[:k]
@@ -185,7 +183,7 @@ def dirichlet(
             f"min_examples must be in [1, {len(labels) // num_agents}] for {len(labels)} examples "
             f"and {num_agents} agents, got {min_examples}"
         )
-    draw = np.random.RandomState(seed)
+    draw = np.random.default_rng(seed)
     for _ in range(1000):
         parts = _dirichlet_once(labels, num_agents, draw, alpha, balanced)
         if parts is not None and min(map(len, parts)) >= min_examples:
@@ -197,9 +195,9 @@ def dirichlet(
 
 
 def _dirichlet_once(
-    labels: np.ndarray, num_agents: int, draw: np.random.RandomState, alpha: float, balanced: bool
+    labels: np.ndarray, num_agents: int, draw: np.random.Generator, alpha: float, balanced: bool
 ) -> Partition | None:
-    """One draw; None where rounding left no proportions to split by."""
+    """One draw; None where a class fell whole to agents that may hold no more."""
     parts = [np.empty(0, np.int64) for _ in range(num_agents)]
     for k in np.unique(labels):
         own = np.flatnonzero(labels == k)
@@ -209,7 +207,7 @@ def _dirichlet_once(
             sizes = np.array([len(part) for part in parts])
             proportions = proportions * (sizes < len(labels) / num_agents)
         total = proportions.sum()
-        if not total > 0:  # A tiny alpha underflows, which gives zeros or NaN.
+        if total == 0:
             return None
         cuts = (np.cumsum(proportions / total) * len(own)).astype(int)[:-1]
         blocks = np.split(own, cuts)
@@ -275,7 +273,7 @@ def _deal(
     order = (
         np.arange(len(labels))
         if seed is None
-        else np.random.RandomState(seed).permutation(len(labels))
+        else np.random.default_rng(seed).permutation(len(labels))
     )
     parts: list[list[np.ndarray]] = [[] for _ in range(num_agents)]
     for k, agents in zip(classes, holders, strict=True):

@@ -380,7 +380,7 @@ def erdos_renyi(n: int, p: float, seed: int = 0, *, weights: str = "metropolis")
     Args:
         n: number of agents.
         p: in [0, 1].
-        seed: non-negative; the same graph on every machine.
+        seed: non-negative.
         weights: one of `WEIGHTS`.
 
     Raises:
@@ -389,10 +389,9 @@ def erdos_renyi(n: int, p: float, seed: int = 0, *, weights: str = "metropolis")
     _check_count(n)
     if not 0 <= p <= 1:
         raise ValueError(f"p is a probability in [0, 1], got {p}")
-    # RandomState's stream is frozen by NumPy's policy, those of Generator's methods are not.
-    random = np.random.RandomState(seed)
+    random = np.random.default_rng(seed)
     for draw in range(1, 1001):
-        edges = np.argwhere(np.triu(random.random_sample((n, n)) < p, 1))
+        edges = np.argwhere(np.triu(random.random((n, n)) < p, 1))
         name = f"erdos_renyi(p={p:g}, seed={seed}, draw {draw})"
         topology = from_edges(n, edges, weights=weights, connected=False, name=name)
         if topology.connected:

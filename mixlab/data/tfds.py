@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,11 +57,24 @@ def load(
         raise ValueError(f"{name}: images vary in size; give image_size= to resize them")
 
     shape = (builder.info.splits[split].num_examples, *size, feature.shape[-1])
+    fits = math.prod(shape) <= memory_bytes
+    try:
+        examples = builder.as_data_source(split)
+    except NotImplementedError as error:
+        if not fits:
+            raise ValueError(
+                f"{name} ({split}) takes {math.prod(shape):,} bytes, more than memory_bytes="
+                f"{memory_bytes:,}, and its files ({builder.info.file_format.value} in "
+                f"{builder.data_path}) cannot be indexed; raise memory_bytes, or prepare it in "
+                f"another folder: tfds.builder({name!r}, data_dir=..., "
+                f"file_format='array_record').download_and_prepare()"
+            ) from error
+        examples = _in_order(builder, split)
     images: Images
-    if math.prod(shape) <= memory_bytes:
-        images, labels = _read(builder, split, shape)
+    if fits:
+        images, labels = _read(examples, shape)
     else:
-        images, labels = _index(builder, name, split, shape, memory_bytes)
+        images, labels = _index(builder, split, examples, shape)
     return images, labels, tuple(features["label"].names)
 
 
@@ -108,9 +122,8 @@ def _builder(
     return builder
 
 
-def _read(
-    builder: Any, split: str, shape: tuple[int, int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _in_order(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """The examples one after another, for files that cannot be indexed."""
     import tensorflow_datasets as tfds
 
     data = builder.as_dataset(
@@ -119,30 +132,26 @@ def _read(
         # One file after another: the order of the examples is that of the files.
         read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
     )
+    return data.as_numpy_iterator()
+
+
+def _read(
+    examples: Iterable[dict[str, Any]], shape: tuple[int, int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     images, labels = np.empty(shape, np.uint8), np.empty(shape[0], np.int32)
-    for i, example in enumerate(data.as_numpy_iterator()):
+    for i, example in enumerate(examples):
         images[i] = pixels.resize(example["image"], shape[1:3])
         labels[i] = example["label"]
     return images, labels
 
 
 def _index(
-    builder: Any, name: str, split: str, shape: tuple[int, int, int, int], memory_bytes: int
-) -> tuple[Images, np.ndarray]:
+    builder: Any, split: str, source: Any, shape: tuple[int, int, int, int]
+) -> tuple[LazyImages, np.ndarray]:
     import tensorflow_datasets as tfds
 
-    try:
-        source = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{name} ({split}) takes {math.prod(shape):,} bytes, more than "
-            f"memory_bytes={memory_bytes:,}, and its files ({builder.info.file_format.value} "
-            f"in {builder.data_path}) cannot be indexed; raise memory_bytes, or prepare it in "
-            f"another folder: tfds.builder({name!r}, data_dir=..., "
-            f"file_format='array_record').download_and_prepare()"
-        ) from error
     undecoded = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    labels = np.array([undecoded[i]["label"] for i in range(shape[0])], np.int32)
+    labels = np.array([example["label"] for example in undecoded], np.int32)
 
     def read(indices: np.ndarray) -> np.ndarray:
         return np.stack([pixels.resize(source[int(i)]["image"], shape[1:3]) for i in indices])
