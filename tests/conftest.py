@@ -10,10 +10,14 @@ os.environ["PJRT_NPROC"] = "32"  # see mixlab.agents.parallel.host_callbacks_are
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# No test depends on how fast the machine is.
+hypothesis.settings.register_profile("mixlab", deadline=None)
+hypothesis.settings.load_profile("mixlab")
 
 
 @pytest.fixture
