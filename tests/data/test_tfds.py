@@ -112,6 +112,36 @@ def test_varying_sizes_need_a_size(tiny):
     np.testing.assert_array_equal(lazy.images[np.arange(6)], whole.images)
 
 
+def test_a_set_that_is_not_there_is_prepared_so_that_it_can_be_indexed(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class TinyGenerated(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(4, 6, 3), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(num_classes=3),
+                    "id": tfds.features.Text(),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, download_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            return _examples(2, 5, "fixed")
+
+    with pytest.raises(ValueError, match="tiny_generated is not prepared"):
+        _load(tmp_path, "tiny_generated", "train")
+    lazy = data.load("tiny_generated", "train", data_dir=tmp_path, memory_bytes=0)
+    assert (len(lazy), lazy.in_memory) == (5, False)
+    assert lazy.class_names == ("0", "1", "2")
+    assert len(_load(tmp_path, "tiny_generated", "train")) == 5
+
+
 def test_errors_say_what_to_do(tiny):
     with pytest.raises(ValueError, match="no data set 'cifar11'; did you mean 'cifar10"):
         _load(tiny, "cifar11", "train")
