@@ -14,7 +14,7 @@ from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes
 from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
 from mixlab.augment.fourier import fmix, fmix_mask
 from mixlab.augment.mixing import cutmix, label_smoothing, mixup, resizemix
-from mixlab.augment.policies import randaugment
+from mixlab.augment.policies import randaugment, randaugment_arguments
 
 CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
     fn.__name__: fn
@@ -79,6 +79,7 @@ __all__ = [
     "ops",
     "parse",
     "randaugment",
+    "randaugment_arguments",
     "random_crop",
     "random_flip",
     "resizemix",

@@ -9,6 +9,8 @@ import pytest
 
 from mixlab import augment
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # The text for `augment.parse`, by constructor. `reshapes`: the image comes out in another shape;
 # `rescales`: in another range or dtype.
 ROWS = {
@@ -31,14 +33,6 @@ ROWS = {
 RESHAPES = {"random_crop", "views"}
 RESCALES = {"normalize", "to_float"}
 KEY = jax.random.key(7)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Most of the time goes into compiling; what is held here does not depend on how well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

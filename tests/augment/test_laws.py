@@ -1,0 +1,121 @@
+"""The distributions that the random halves draw from. Bounds are five standard errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from mixlab import augment
+from mixlab.augment import mixing
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KEY = jax.random.key(3)
+
+
+def plan_of(aug, n, height=8, width=8):
+    batch = {"image": jnp.zeros((n, height, width, 1), jnp.uint8)}
+    return jax.tree.map(np.asarray, jax.jit(aug.sample)(KEY, batch))
+
+
+def assert_share(hits, p):
+    assert abs(np.mean(hits) - p) < 5 * np.sqrt(p * (1 - p) / np.size(hits))
+
+
+@pytest.mark.parametrize("tilted", [False, True])
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 8.0])
+def test_beta(alpha, tilted):
+    n = 40_000
+    x = np.asarray(mixing.beta(KEY, alpha, (n,), tilted=tilted), np.float64)
+    law = stats.beta(alpha + tilted, alpha)
+    assert x.min() >= 0
+    assert x.max() <= 1
+    assert abs(x.mean() - law.mean()) < 5 * law.std() / np.sqrt(n)
+    fourth = law.moment(4) - 4 * law.mean() * law.moment(3)
+    fourth += 6 * law.mean() ** 2 * law.moment(2) - 3 * law.mean() ** 4
+    error = np.sqrt((fourth - law.var() ** 2) / n)
+    assert abs(np.mean((x - law.mean()) ** 2) - law.var()) < 5 * error
+    # Rounded to float32 some draws are 0 or 1 exactly, so compare with the law in between.
+    points = np.linspace(0.001, 0.999, 999)
+    found = np.searchsorted(np.sort(x), points) / n
+    assert np.abs(found - law.cdf(points)).max() < 2.2 / np.sqrt(n)
+
+
+def test_cutmix_area_and_labels():
+    n = 100_000
+    plan = plan_of(augment.cutmix(alpha=1.0), n, 32, 32)
+    box = plan["box"]
+    area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / 32**2
+    # 0.299 is recorded from the references with three digits.
+    assert abs(area.mean() - 0.299) < 0.0005 + 5 * area.std() / np.sqrt(n)
+    np.testing.assert_allclose(plan["lam"], 1 - area, atol=1e-6)
+    empty = area == 0
+    assert 0.002 < empty.mean() < 0.006
+    assert (plan["lam"][empty] == 1).all()
+
+
+def test_resizemix_area():
+    plan = plan_of(augment.resizemix(alpha=1.0), 4000, 32, 16)
+    sides = plan["box"][:, 2:] - plan["box"][:, :2]
+    assert sides.min() >= 1
+    assert (sides <= [int(32 * 0.8), int(16 * 0.8)]).all()
+    np.testing.assert_allclose(plan["lam"], 1 - sides.prod(1) / (32 * 16), atol=1e-6)
+
+
+@pytest.mark.parametrize(("dialect", "kinds"), [("torchvision", 14), ("timm_increasing", 15)])
+def test_randaugment_choices(dialect, kinds):
+    plan = plan_of(augment.randaugment(num_ops=3, dialect=dialect), 6000)
+    names = list(augment.randaugment_arguments(dialect, 9, 1.0, (8, 8)))
+    assert len(names) == kinds
+    for layer in range(3):
+        counts = np.bincount(plan["op"][:, layer], minlength=kinds)
+        assert stats.chisquare(counts).pvalue > 1e-4
+    # Layers are independent: the same op twice as often as chance has it.
+    assert_share(plan["op"][:, 0] == plan["op"][:, 1], 1 / kinds)
+    assert_share(plan["argument"][plan["op"] == names.index("rotate")] > 0, 0.5)
+    assert_share(plan["argument"][plan["op"] == names.index("color")] > 1, 0.5)
+    if dialect == "torchvision":
+        assert plan["use"].all()
+    else:
+        assert_share(plan["use"], 0.5)
+
+
+def test_randaugment_spread():
+    aug = augment.randaugment(1, 5, dialect="timm", magnitude_std=1.0)
+    plan = plan_of(aug, 20_000)
+    rotate = list(augment.randaugment_arguments("timm", 5, 1.0, (8, 8))).index("rotate")
+    levels = np.abs(plan["argument"][plan["op"] == rotate]) / 3
+    assert stats.kstest(levels, stats.norm(5, 1).cdf).pvalue > 1e-4
+
+
+def test_partners():
+    n = 60
+    assert sorted(plan_of(augment.mixup(), n)["partner"]) == list(range(n))
+    flip = plan_of(augment.mixup(pairing="flip"), n)["partner"]
+    roll = plan_of(augment.mixup(pairing="roll"), n)["partner"]
+    np.testing.assert_array_equal(flip, np.arange(n)[::-1])
+    np.testing.assert_array_equal(roll, np.roll(np.arange(n), 1))
+
+
+def test_per_batch_draws_once():
+    for aug in (augment.mixup(per_batch=True), augment.cutmix(per_batch=True)):
+        plan = plan_of(aug, 9)
+        for name in ("lam", "use", *(["box"] if "box" in plan else [])):
+            assert len(np.unique(plan[name], axis=0)) == 1
+    assert len(np.unique(plan_of(augment.mixup(), 9)["lam"])) == 9
+
+
+def test_probabilities():
+    n = 20_000
+    assert_share(plan_of(augment.mixup(prob=0.3), n)["use"], 0.3)
+    assert_share(plan_of(augment.random_flip(0.2), n)["use"], 0.2)
+    three = augment.one_of(*[augment.identity()] * 3, weights=[1, 0, 3])
+    choice = plan_of(three, n)["choice"]
+    assert_share(choice == 0, 0.25)
+    assert not (choice == 1).any()
+    assert_share(plan_of(augment.sometimes(0.7, augment.identity()), n)["choice"] == 1, 0.7)
+    offset = plan_of(augment.random_crop(padding=2), n)["offset"]
+    for axis in (0, 1):
+        counts = np.bincount(offset[:, axis], minlength=5)
+        assert stats.chisquare(counts).pvalue > 1e-4
