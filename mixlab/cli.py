@@ -4,9 +4,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mixlab import agents, spec
 
@@ -38,33 +40,49 @@ def main() -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    try:
-        rest = flags.FLAGS(["mixlab train", *arguments])[1:]
-    except (AttributeError, KeyError) as error:
-        _fail(f"{str(error).strip(chr(34))}", 2)
-    except (flags.Error, TypeError, ValueError, FileNotFoundError, OSError) as error:
-        _fail(str(error), 2)
-    if rest:
-        _fail(f"unexpected arguments {rest}; options are --config, --workdir, --config.FIELD", 2)
-    for flag in (_CONFIG, _WORKDIR):
-        if flag.value is None:
-            _fail(f"--{flag.name} is missing\n\n{USAGE}", 2)
-    config = _CONFIG.value
+    config, workdir = _parse(arguments)
     agents.force_cpu_devices(config.agents)  # before JAX starts
+    # The runs of a sweep, and a run that is resumed, compile much the same programs.
+    jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, ".jax_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
     from mixlab import report, train
     from mixlab.checkpoint import CheckpointError
 
     try:
-        path = train.train(config, _WORKDIR.value)
+        path = train.train(config, workdir)
     except train.Stopped as stopped:
         print(f"\n{stopped}; run the same command again to go on", flush=True)
         return
-    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
-        _fail(f"{type(error).__name__}: {error}", 1)
     except (train.Diverged, CheckpointError) as error:
         _fail(str(error), 1)
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        _fail(f"{type(error).__name__}: {error}", 1)
     report.show(path)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[ConfigDict, str]:
+    """The config and the workdir that the command line asks for."""
+    try:
+        rest = flags.FLAGS(["mixlab train", *arguments])[1:]
+        if rest:
+            _fail(f"unexpected arguments {rest}; the options are --config, --workdir", 2)
+        config, workdir = _CONFIG.value, _WORKDIR.value
+        if config is not None:
+            config.lock()  # a file that could not be read says so at the first use
+    except (AttributeError, KeyError) as error:
+        if "Did you mean" not in str(error) and "not in" not in str(error):
+            raise  # of the config file itself
+        name, _, hint = str(error.args[0]).partition("Did you mean")
+        name = name.replace("\\n", " ").strip(" '\\\"\n")
+        _fail(f"the config has no field {name!r}" + (hint and f"; did you mean{hint}"), 2)
+    except (flags.Error, TypeError, ValueError) as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"cannot read the config: {error}", 2)
+    if config is None or workdir is None:
+        _fail(f"--config and --workdir must be given\n\n{USAGE}", 2)
+    return config, os.path.abspath(workdir)
 
 
 def _report(arguments: Sequence[str]) -> None:
@@ -78,7 +96,7 @@ def _report(arguments: Sequence[str]) -> None:
         _fail(str(error), 1)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     if sys.exc_info()[0] is not None and os.environ.get("MIXLAB_TRACEBACK"):
         traceback.print_exc()
     print(f"\nmixlab: {message}", file=sys.stderr)

@@ -17,7 +17,7 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = (
 )
 CYCLE = (GREY, ORANGE, GREEN, BLUE, PINK, RED, SKY, "#000000")
 
-_STYLE = {
+_STYLE: Any = {
     "axes.edgecolor": "#444444",
     "axes.grid": True,
     "axes.grid.axis": "y",
@@ -203,8 +203,8 @@ def sheet(
     """
     count = len(before)
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(1.05 * count + 0.6, 3.9))
-        axes = figure.subplots(3, count, squeeze=False, height_ratios=(1, 1, 0.75))
+        figure = Figure(figsize=(1.05 * count + 0.6, 3.4))
+        axes = figure.subplots(3, count, squeeze=False, height_ratios=(1, 1, 0.6))
         for column in range(count):
             for row, images in enumerate((before, after)):
                 _image(axes[row, column], images[column])
@@ -225,14 +225,14 @@ def _image(ax: Axes, image: np.ndarray) -> None:
 
 
 def _label_bars(ax: Axes, label: np.ndarray, class_names: Sequence[str]) -> None:
-    """The largest entries of a soft label, as bars with names."""
-    top = [k for k in np.argsort(-label, kind="stable")[:3] if label[k] > 0.005]
-    ax.barh(range(len(top)), label[top], color=[BLUE, ORANGE, GREEN][: len(top)], height=0.8)
+    """The largest entries of a soft label: a bar each, with name and share written above it."""
+    top = [k for k in np.argsort(-label, kind="stable")[:2] if label[k] > 0.005]
     for row, k in enumerate(top):
-        share = f"{label[k]:.2f}"
-        ax.text(0.03, row, f"{class_names[k]}", va="center", fontsize=7, color="white")
-        ax.text(1.0, row, share, va="center", ha="right", fontsize=7, color="#333333")
-    ax.set(xlim=(0, 1), ylim=(2.6, -0.6))
+        ax.barh(row + 0.24, 1, color="#EEEEEE", height=0.22)
+        ax.barh(row + 0.24, label[k], color=(BLUE, ORANGE)[row], height=0.22)
+        ax.text(0, row + 0.06, class_names[k], va="bottom", ha="left", fontsize=7)
+        ax.text(1, row + 0.06, f"{label[k]:.2f}", va="bottom", ha="right", fontsize=7)
+    ax.set(xlim=(0, 1), ylim=(1.5, -0.4))
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)

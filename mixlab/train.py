@@ -131,7 +131,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
             experiment = prepare(variant)
             setup = {"number": number, "config": variant.to_dict(), **experiment.about}
             _write_json(folder / "setup.json", setup)
-            np.savez(folder / "sheet.npz", **experiment.sheet)
+            np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
             _run(variant, experiment, folder, title, terminated)
     return report.write(workdir)
 
@@ -208,9 +208,10 @@ def prepare(config: ConfigDict) -> Experiment:
     chosen = np.sort(np.asarray(jax.random.permutation(match_key, len(train_set))[:count]))
     images = prepared(train_set.batch(chosen)["image"])
     variables = jax.jit(model.init)(init_key, images[:1])
+    symmetry = align.infer_symmetry(model.apply, variables, images[:2])
     problem = agents.Problem(
         optimizer=spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain),
-        symmetry=align.infer_symmetry(model.apply, variables, images[:2]),
+        symmetry=symmetry,
         batch_stats=_batch_stats(model, variables),
         assignment="scipy" if host_callbacks_are_safe(parallel) else "optax",
     )
@@ -290,7 +291,9 @@ def prepare(config: ConfigDict) -> Experiment:
         }
 
     # 5. What the report shows of all this.
-    sample = train_set.batch(parts[0][:8])
+    spread = np.linspace(0, len(train_set) - 1, min(8, len(train_set))).astype(np.int64)
+    by_class = np.argsort(train_set.labels, kind="stable")
+    sample = train_set.batch(by_class[spread])
     sample["label"] = np.eye(num_classes, dtype=np.float32)[sample["label"]]
     mixed = jax.tree.map(np.asarray, jax.jit(augmentation.__call__)(sheet_key, sample))
     about = {
@@ -300,7 +303,7 @@ def prepare(config: ConfigDict) -> Experiment:
         "class_names": list(train_set.class_names),
         "parallel": str(parallel),
         "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
-        "symmetry": {name: int(size) for name, size in problem.symmetry.groups.items()},
+        "symmetry": {name: int(size) for name, size in symmetry.groups.items()},
         "steps_per_epoch": feed.steps_per_epoch,
     }
     sheet = {"before": sample["image"], "image": mixed["image"], "label": mixed["label"]}
@@ -351,7 +354,8 @@ def _run(
     carry = experiment.init()
     like = parallel.get(carry)
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
-        start, meta = 0, {"metrics_bytes": 0, "seconds": {}}
+        start = 0
+        meta: dict[str, Any] = {"metrics_bytes": 0, "seconds": {}}
         if (found := checkpoints.restore(like)) is not None:
             start, restored, meta = found
             carry = parallel.put(restored)

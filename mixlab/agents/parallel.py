@@ -130,7 +130,7 @@ class Parallel:
         # The state goes in a tuple because JAX 0.10 and 0.12 read in_axes=(0, 0, None) wrongly
         # whenever the three arguments happen to have three leaves in all.
         mapped = jax.pmap(
-            lambda state, agents, shared: block(*state, agents, shared),
+            lambda state, agents, shared: block(state[0], agents, shared),
             _DEVICES,
             in_axes=((0,), 0, None),
             devices=self.devices,
