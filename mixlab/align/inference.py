@@ -53,7 +53,7 @@ def infer(fn: Callable[..., Any], variables: PyTree, inputs: Sequence[PyTree]) -
     fixed = [tuple(Fixed(size) for size in program.shapes[i]) for i in given]
     values = interpret(solver, program, [*free, *fixed])
 
-    needed = _reaching(program, program.outputs)
+    needed = program.needed
     unused = [name for name, i in zip(names, leaves, strict=True) if i not in needed]
     if len(unused) == len(names):
         raise ValueError(
@@ -79,15 +79,6 @@ def infer(fn: Callable[..., Any], variables: PyTree, inputs: Sequence[PyTree]) -
         values=values,
         notes=tuple(solver.notes),
     )
-
-
-def _reaching(program: Program, wanted: Sequence[int]) -> set[int]:
-    """The values that some of the `wanted` values are computed from."""
-    reaching = set(wanted)
-    for op in reversed(program.ops):
-        if reaching.intersection(op.outputs):
-            reaching.update(op.inputs)
-    return reaching
 
 
 def _depending(program: Program, sources: Sequence[int]) -> set[int]:
@@ -138,12 +129,12 @@ def _taps(program: Program, values: list[Layout], carried: set[int]) -> dict[int
     """For each atom the last value that a later layer contracts over it.
 
     That is a value after its activation function, and of a residual stream the last sum. A value
-    in which no other atom occurs is preferred, since its rows then mean the same in two models.
+    whose rows no other atom permutes is preferred: its rows mean the same in two models.
     """
     best: dict[int | str, tuple[tuple[bool, bool, int], int]] = {}
 
     def offer(number: int, atom: int | str, is_contracted: bool, time: int) -> None:
-        alone = set(_names_in(values[number])) == {atom}
+        alone = _alone(values[number], atom)
         rank = (is_contracted, alone, time)
         if number in carried and (atom not in best or rank > best[atom][0]):
             best[atom] = rank, number
@@ -160,6 +151,23 @@ def _taps(program: Program, values: list[Layout], carried: set[int]) -> dict[int
         atom: _before_pooling(number, atom, producer, values, carried)
         for atom, (_, number) in best.items()
     }
+
+
+def _alone(layout: Layout, atom: int | str) -> bool:
+    """Whether no other atom acts on the axes along which the statistics of `atom` are pooled."""
+    carrying = [term for term in layout if atom in _names_in((term,))]
+    segments = [
+        segment
+        for term in carrying
+        for segment in (term.parts if isinstance(term, Sum) else (term,))
+        if atom in _names_in((segment,))
+    ]
+    others = [term for term in layout if term not in carrying]
+    return (
+        len(carrying) == 1
+        and not _names_in(tuple(others))
+        and all(_names_in((segment,)) == [atom] for segment in segments)
+    )
 
 
 def _before_pooling(

@@ -41,6 +41,7 @@ class Moments(NamedTuple):
     products: Array
 
 
+@jax.jit
 def moments(reference: Array, other: Array) -> Moments:
     """The moments of one batch of activations.
 
@@ -52,12 +53,11 @@ def moments(reference: Array, other: Array) -> Moments:
         The moments, in float32 or wider. Sums are taken of deviations from the mean, which keeps
         the digits that a difference of raw moments would lose.
     """
-    dtype = jnp.promote_types(jnp.promote_types(reference.dtype, other.dtype), jnp.float32)
-    x, y = reference.astype(dtype), other.astype(dtype)
+    x, y = (values.astype(trees.wide(values.dtype)) for values in (reference, other))
     mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
     x, y = x - mean_x, y - mean_y
     return Moments(
-        total=jnp.asarray(reference.shape[0], dtype),
+        total=jnp.asarray(reference.shape[0], x.dtype),
         mean_reference=mean_x,
         mean_other=mean_y,
         squares_reference=jnp.sum(jnp.square(x), axis=0),
@@ -66,6 +66,7 @@ def moments(reference: Array, other: Array) -> Moments:
     )
 
 
+@jax.jit
 def merge_moments(first: Moments, second: Moments) -> Moments:
     """The moments of the rows of both, for statistics that stream over batches.
 
@@ -88,11 +89,13 @@ def merge_moments(first: Moments, second: Moments) -> Moments:
     )
 
 
+@jax.jit
 def covariance(statistics: Moments) -> Array:
     """The covariance [n, m] of the two models' units, divided by the number of rows."""
     return statistics.products / statistics.total
 
 
+@jax.jit
 def correlation(statistics: Moments) -> Array:
     """The correlation [n, m] of the two models' units.
 
@@ -109,12 +112,15 @@ def correlation(statistics: Moments) -> Array:
     return covariance(statistics) / jnp.maximum(spread, 1e-7)
 
 
+@jax.jit
 def second_moment(statistics: Moments) -> Array:
-    """The mean product [n, m] of the two models' activations.
+    """The mean product [n, m] of the two models' activations, the covariance taken as unbiased.
 
-    Source: activation matching of Git Re-Basin (Ainsworth et al. 2023, section 3.1).
+    Source: activation matching of Git Re-Basin (Ainsworth et al. 2023, section 3.1), whose
+    published code divides the covariance by the number of rows less one.
     """
-    return covariance(statistics) + jnp.outer(statistics.mean_reference, statistics.mean_other)
+    unbiased = statistics.products / jnp.maximum(statistics.total - 1, 1)
+    return unbiased + jnp.outer(statistics.mean_reference, statistics.mean_other)
 
 
 STATISTICS: dict[str, Callable[[Moments], Array]] = {

@@ -42,13 +42,14 @@ class Op:
 
 
 class Program:
-    """The operations of a jaxpr in order, nested calls inlined; values are numbered.
+    """The operations that the results need, in order, nested calls inlined; values are numbered.
 
     Attributes:
         inputs: the numbers of the arguments.
         outputs: the numbers of the results.
         constants: the values that the function closes over, and literals.
         ops: the operations. Control flow (`cond`, `scan`, `while`) stays one operation.
+        needed: the numbers of the values that the outputs are computed from.
         shapes: the shape of every value.
         float_bytes: the width of the narrowest floating array among the values.
     """
@@ -60,6 +61,11 @@ class Program:
         self.float_bytes = 8
         self.inputs = [self._declare(var) for var in closed.jaxpr.invars]
         self.outputs = self._inline(closed.jaxpr, self._hold(closed.consts), self.inputs)
+        self.needed = set(self.outputs)
+        for op in reversed(self.ops):
+            if self.needed.intersection(op.outputs):
+                self.needed.update(op.inputs)
+        self.ops = [op for op in self.ops if self.needed.intersection(op.outputs)]
 
     def evaluate(
         self, arguments: Sequence[Any], wanted: Sequence[int], *, dtype: Any = None

@@ -55,7 +55,7 @@ def reestimate_batch_stats(
     for batch in batches:
         seen = fn(blank, batch)
         trees.check_same_structure(old, seen, what=f"the {collection!r} before and after fn")
-        seen = jax.tree.map(lambda x: _wide(x) / (1 - momentum), seen)
+        seen = jax.tree.map(lambda x: x.astype(trees.wide(x.dtype)) / (1 - momentum), seen)
         count += 1
         weight = 1 / count
         average = (
@@ -66,7 +66,3 @@ def reestimate_batch_stats(
     if not count:
         raise ValueError("no batches: statistics need at least one")
     return {**variables, collection: jax.tree.map(lambda x, a: a.astype(x.dtype), old, average)}
-
-
-def _wide(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
