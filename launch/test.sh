@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/install.sh dev
 # Two workers: the tests' time is mostly compilation, which one core cannot share.
-exec .venv/bin/python -m pytest -n "${MIXLAB_TEST_WORKERS:-2}" "$@"
+exec .venv/bin/python -m pytest -n "${MIXLAB_TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mixlab import agents, spec
@@ -46,6 +46,9 @@ def _train(arguments: Sequence[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, ".jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+    # What fails is told below, once; orbax logs whole tracebacks of its threads besides.
+    logging.set_verbosity(logging.FATAL)
+
     from mixlab import report, train
     from mixlab.checkpoint import CheckpointError
 
@@ -75,7 +78,8 @@ def _parse(arguments: Sequence[str]) -> tuple[ConfigDict, str]:
             raise  # of the config file itself
         name, _, hint = str(error.args[0]).partition("Did you mean")
         name = name.replace("\\n", " ").strip(" '\\\"\n")
-        _fail(f"the config has no field {name!r}" + (hint and f"; did you mean{hint}"), 2)
+        hint = f"; did you mean{hint}".rstrip("'") if hint else ""
+        _fail(f"the config has no field {name!r}{hint}", 2)
     except (flags.Error, TypeError, ValueError) as error:
         _fail(str(error), 2)
     except OSError as error:

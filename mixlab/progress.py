@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 
 class ProgressLine:
@@ -24,23 +24,26 @@ class ProgressLine:
         self._every = 0.5 if self._live else 15.0
         self._shown = time.perf_counter()
         self._first: tuple[float, int] | None = None
+        if self._live:
+            self._write(f"{prefix}  compiling ...")
 
-    def due(self) -> bool:
-        """Whether it is time for the next `show`; ask before computing what it shows."""
-        return time.perf_counter() - self._shown >= self._every
+    def due(self, step: int) -> bool:
+        """Whether it is time for the next `show`; ask after each step, before computing it."""
+        now = time.perf_counter()
+        # The rate counts from the first step that is done, when the programs have been compiled.
+        self._first = self._first or (now, step)
+        return now - self._shown >= self._every
 
     def show(self, step: int, accuracy: float) -> None:
         """Writes the line: step, images/s, training accuracy, time to go."""
-        now = time.perf_counter()
-        # The rate counts from the first call, when the programs have been compiled.
-        start, first = self._first = self._first or (now, step)
+        self._shown = now = time.perf_counter()
+        start, first = self._first or (now, step)
         rate = (step - first) / (now - start) if step > first else 0.0
-        speed = f"{rate * self._images:9,.0f} images/s" if rate else "  compiling ... "
-        eta = f"ETA {_clock((self._total - step) / rate)}" if rate else "ETA --:--"
+        eta = _clock((self._total - step) / rate) if rate else "--:--"
         self._write(
-            f"{self._prefix}  step {step}/{self._total}  {speed}  accuracy {accuracy:.3f}  {eta}"
+            f"{self._prefix}  step {step}/{self._total}  {rate * self._images:,.0f} images/s  "
+            f"accuracy {accuracy:.3f}  ETA {eta}"
         )
-        self._shown = now
 
     def done(self, text: str) -> None:
         """Replaces the line by a last one."""
@@ -70,7 +73,7 @@ class MetricWriter:
     """
 
     def __init__(self, folder: Path, keep_bytes: int = 0):
-        self._file = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115, closed by `close`
+        self._file = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115, closed by __exit__
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
         self._events = _event_writer(folder / "tensorboard")
@@ -93,8 +96,10 @@ class MetricWriter:
         """The length of the file."""
         return self._file.tell()
 
-    def close(self) -> None:
-        """Closes the files."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
         if self._events is not None:
             self._events.close()

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,6 +169,11 @@ class Experiment(NamedTuple):
 
 def prepare(config: ConfigDict) -> Experiment:
     """Loads the data, places the agents and compiles what they do."""
+    if config.pretrain_epochs < 0 or config.rounds < 0 or config.epochs_per_round < 1:
+        raise ValueError(
+            "pretrain_epochs and rounds must be at least 0, epochs_per_round at least 1; got "
+            f"{config.pretrain_epochs}, {config.rounds} and {config.epochs_per_round}"
+        )
     key = jax.random.key(config.seed)
     init_key, train_key, match_key, sheet_key = jax.random.split(key, 4)
 
@@ -333,10 +338,8 @@ def _run(
     parallel, strategy = experiment.parallel, experiment.strategy
 
     # Durations, in steps.
-    if config.rounds and config.epochs_per_round < 1:
-        raise ValueError(f"epochs_per_round must be at least 1, got {config.epochs_per_round}")
     epoch = experiment.feed.steps_per_epoch
-    pretrain, length = config.pretrain_epochs * epoch, max(1, config.epochs_per_round) * epoch
+    pretrain, length = config.pretrain_epochs * epoch, config.epochs_per_round * epoch
     total = pretrain + config.rounds * length
     if config.max_steps is not None:
         total = min(total, config.max_steps)
@@ -353,19 +356,25 @@ def _run(
 
     carry = experiment.init()
     like = parallel.get(carry)
-    with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+        )
         start = 0
         meta: dict[str, Any] = {"metrics_bytes": 0, "seconds": {}}
         if (found := checkpoints.restore(like)) is not None:
             start, restored, meta = found
             carry = parallel.put(restored)
-        metrics = MetricWriter(folder, meta["metrics_bytes"])
+        metrics = stack.enter_context(MetricWriter(folder, meta["metrics_bytes"]))
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)
 
+        def check(carry: PyTree) -> None:
+            _check_finite(parallel.get(carry[0].failed_at), checkpoints.steps())
+
         def save(step: int) -> None:
+            check(carry)
             held = parallel.get(carry)
-            _check_finite(held[0].failed_at, checkpoints.steps())
             with clock("save"):
                 meta = {"metrics_bytes": metrics.num_bytes, "seconds": clock.seconds}
                 checkpoints.save(step, held, meta)
@@ -393,7 +402,7 @@ def _run(
                 }
             )
 
-        feed = experiment.feed.steps(start, total)
+        batches = stack.enter_context(closing(experiment.feed.steps(start, total)))
         for step in range(start, total):
             if begins_round(step):
                 with clock("merge"):
@@ -403,14 +412,15 @@ def _run(
                 if strategy.every == "round":
                     carry = merged
             with clock("train"):
-                carry = experiment.step(carry, next(feed), step, step < pretrain)
-            if line.due():
+                carry = experiment.step(carry, next(batches), step, step < pretrain)
+            if line.due(step + 1):
                 totals = parallel.get(carry[1])
-                _check_finite(parallel.get(carry[0].failed_at), checkpoints.steps())
+                check(carry)
                 line.show(step + 1, float(np.mean(totals["accuracy"] / totals["steps"])))
             if ends_phase(step + 1):
                 with clock("train"):
                     jax.block_until_ready(carry)
+                check(carry)
                 record(step + 1, "local", carry)
                 carry = (carry[0], jax.tree.map(jnp.zeros_like, carry[1]))
             if is_checkpoint(step + 1) or terminated():
@@ -419,7 +429,6 @@ def _run(
                 checkpoints.wait()
                 raise Stopped(f"{title}: stopped after step {step + 1} of {total}, all saved")
         checkpoints.wait()
-        metrics.close()
         line.done(_last_words(folder / "metrics.jsonl"))
 
 

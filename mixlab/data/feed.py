@@ -1,6 +1,6 @@
 """The agents' training batches: from device memory where they fit, else streamed from the host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ class Feed:
             ]
         ).reshape(len(self._parts), self.steps_per_epoch, self._batch_size)
 
-    def steps(self, start: int, stop: int) -> Iterator[PyTree]:
+    def steps(self, start: int, stop: int) -> Generator[PyTree, None, None]:
         """What `select` needs at each step of [start, stop), leaves [A, ...] on the devices."""
         if self.resident:
             order: Any = None

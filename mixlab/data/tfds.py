@@ -79,6 +79,7 @@ def load(
 
 
 def _import(name: str, known: tuple[str, ...]) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its greetings, not its errors
     try:
         import tensorflow as tf
         import tensorflow_datasets as tfds
