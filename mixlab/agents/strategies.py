@@ -165,15 +165,18 @@ def none(topology: Topology) -> Strategy:
 def data_parallel(topology: Topology) -> Strategy:
     """One model, trained on the mean of all agents' gradients; the topology is not used.
 
-    All agents start from agent 0's variables and stay equal. Bytes are those of a ring
-    all-reduce, 2 (A - 1) / A times the gradients (Patarasuk and Yuan, 2009).
+    All agents start from agent 0's variables and optimizer state and stay equal. BatchNorm
+    statistics are averaged likewise. Bytes are those of a ring all-reduce, 2 (A - 1) / A times
+    the gradients and statistics (Patarasuk and Yuan, 2009).
     """
     num_agents = topology.num_agents
     mean = jnp.full((num_agents, num_agents), 1 / num_agents, jnp.float32)
 
     def init(axis: Axis, state: AgentState) -> AgentState:
-        first = jax.tree.map(lambda x: axis.gather(x)[0], state.variables)
-        return state._replace(variables=axis.each(lambda agent: first)(axis.ids))
+        own = (state.variables, state.opt_state)
+        first = jax.tree.map(lambda x: axis.gather(x)[0], own)
+        variables, opt_state = axis.each(lambda agent: first)(axis.ids)
+        return state._replace(variables=variables, opt_state=opt_state)
 
     def local_step(
         axis: Axis,
@@ -187,7 +190,7 @@ def data_parallel(topology: Topology) -> Strategy:
         return _local_step(axis, problem, state, grads, stats, weights)
 
     def sent(variables: PyTree) -> np.ndarray:
-        one = trees.num_bytes(variables["params"]) / num_agents
+        one = trees.num_bytes(variables) / num_agents
         return np.full(num_agents, 2 * (num_agents - 1) / num_agents * one)
 
     return Strategy("data_parallel", "always", init, local_step, _silent, sent, _nothing(topology))
@@ -415,7 +418,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 
 
 def parse(text: str | Strategy, topology: Topology) -> Strategy:
-    """Builds a strategy from text such as `"dimat(optimizer='permute')"`.
+    """Builds a strategy from text such as `"dimat(opt_state='permute')"`.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

@@ -1,0 +1,372 @@
+"""The strategies: the same on every backend, and the algebra of each."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mixlab import agents, trees
+from mixlab.agents import strategies
+from tests.agents import tasks
+from tests.reference import decentral
+
+STRATEGIES = ("none", "data_parallel", "wa", "dpsgd", "dimat(opt_state='permute')")
+
+
+# ---------------------------------------------------------------- backends
+
+
+def short_run(strategy, problem, gradients, axis, state, batches, weights):
+    """`init`, a local step for each batch, and one communication: the state before and after."""
+
+    def step(state, batch):
+        grads, stats = axis.each(gradients)(state.variables, batch)
+        return strategy.local_step(axis, problem, state, grads, stats, weights), None
+
+    by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
+    state, _ = jax.lax.scan(step, strategy.init(axis, state), by_step)
+    return state, strategy.communicate(axis, problem, state, weights)
+
+
+@functools.cache
+def mlp_run(text, num_agents, backend, num_devices=None):
+    topology = agents.star(num_agents)
+    strategy, problem = agents.parse(text, topology), tasks.mlp_problem()
+    return tasks.over(
+        agents.parallel(num_agents, backend, num_devices=num_devices),
+        functools.partial(short_run, strategy, problem, tasks.mlp_gradients),
+        tasks.start(tasks.mlps(num_agents), problem.optimizer, num_agents),
+        tasks.batches(num_agents, (tasks.FEATURES,), steps=2),
+        shared=[np.float32(topology.weights)],
+    )
+
+
+@pytest.mark.parametrize("layout", [(2, "loop"), (8, "pmap", 8), (8, "pmap", 4)], ids=str)
+@pytest.mark.parametrize("text", STRATEGIES)
+def test_every_backend_gives_the_same(text, layout):
+    """Of these, pmap on four devices runs its two agents each by `loop`."""
+    found, expected = mlp_run(text, *layout), mlp_run(text, layout[0], "vmap")
+    tasks.assert_trees(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def cnn_run(backend, num_devices):
+    topology = agents.ring(4)
+    problem, variables = tasks.cnn_problem()
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: x + 0.3 * rng.random((4, *x.shape), np.float32), variables)
+
+    return tasks.over(
+        agents.parallel(4, backend, num_devices=num_devices),
+        functools.partial(short_run, agents.dimat(topology), problem, tasks.cnn_gradients),
+        tasks.start(variables, problem.optimizer, 4),
+        tasks.batches(4, (4, 4, 1), 2),
+        shared=[np.float32(topology.weights)],
+    )
+
+
+@pytest.mark.parametrize("num_devices", [4, 2])
+def test_every_backend_gives_the_same_with_batch_norm(num_devices):
+    """Two agents on each of two devices run by `loop`."""
+    found, expected = cnn_run("pmap", num_devices), cnn_run("vmap", None)
+    tasks.assert_trees(found, expected, rtol=1e-4, atol=1e-5)
+    state, merged = expected
+    for a, b in zip(*map(jax.tree.leaves, (state.variables, merged.variables)), strict=True):
+        assert not np.allclose(a, b)
+
+
+# ---------------------------------------------------------------- algebra of averaging
+
+TOPOLOGIES = {
+    "ring": agents.ring(6),
+    "star": agents.star(6),
+    "exponential": agents.exponential(6),
+    "torus": agents.torus(6),
+    "erdos_renyi": agents.erdos_renyi(6, 0.5),
+}
+PLAIN = agents.Problem(optimizer=optax.sgd(0.1))
+
+
+def vectors(num_agents, seed=0):
+    """A tiny model with BatchNorm statistics, which need be no model's: only leaves are mixed."""
+    rng = np.random.default_rng(seed)
+    variables = {
+        "params": {"w": rng.normal(size=(num_agents, 2, 3)), "b": rng.normal(size=(num_agents,))},
+        "batch_stats": {"mean": rng.normal(size=(num_agents, 3))},
+    }
+    return jax.tree.map(np.float32, variables)
+
+
+@functools.cache
+def compiled(name, num_agents):
+    """`local_step` and `communicate` of a strategy on vectors, compiled once for all matrices."""
+    strategy = agents.parse(name, agents.complete(num_agents))
+    where = agents.parallel(num_agents, "vmap")
+    calls = []
+
+    def step(axis, state, held, weights):
+        calls.append("step")
+        return strategy.local_step(axis, PLAIN, state, *held, weights)
+
+    def communicate(axis, state, held, weights):
+        calls.append("communicate")
+        return strategy.communicate(axis, PLAIN, state, weights)
+
+    programs = {"step": where.compile(step), "communicate": where.compile(communicate)}
+
+    def run(kind, state, weights, *held):
+        args = where.put(state), where.put(held), where.replicate(np.float32(weights))
+        return where.get(programs[kind](*args))
+
+    return run, calls
+
+
+def test_wa_is_the_weighted_mean_and_keeps_the_mean():
+    run, calls = compiled("wa", 6)
+    variables = vectors(6)
+    state = tasks.start(variables, PLAIN.optimizer, 6)._replace(failed_at=np.arange(6))
+    for name, topology in TOPOLOGIES.items():
+        assert topology.doubly_stochastic
+        found = run("communicate", state, topology.weights)
+        expected = jax.tree.map(
+            lambda x, w=topology.weights: np.float32(decentral.mix(w, x)), variables
+        )
+        tasks.assert_trees(found.variables, expected)
+        for a, b in zip(*map(jax.tree.leaves, (found.variables, variables)), strict=True):
+            np.testing.assert_allclose(a.mean(0), b.mean(0), atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(found.failed_at, np.arange(6))
+    # The matrix is an argument: another one costs no compilation.
+    assert calls.count("communicate") == 1
+
+
+@pytest.mark.parametrize("name", ["wa", "dpsgd"])
+def test_the_identity_mixes_nothing_and_the_complete_graph_everything(name):
+    run, _ = compiled(name, 6)
+    state = tasks.start(vectors(6), PLAIN.optimizer, 6)
+    tasks.assert_trees(run("communicate", state, np.eye(6)), state, rtol=0, atol=0)
+    found = run("communicate", state, np.full((6, 6), 1 / 6))
+    for a, b in zip(*map(jax.tree.leaves, (found.variables, state.variables)), strict=True):
+        np.testing.assert_allclose(a, np.broadcast_to(b.mean(0), b.shape), rtol=1e-5, atol=1e-6)
+
+
+def test_dpsgd_combines_then_adapts():
+    run, calls = compiled("dpsgd", 6)
+    state = tasks.start(vectors(6), PLAIN.optimizer, 6)
+    gradients, stats = vectors(6, 1)["params"], vectors(6, 2)["batch_stats"]
+    for topology in TOPOLOGIES.values():
+        w = topology.weights
+        found = run("step", state, w, gradients, stats)
+        expected = {
+            "params": jax.tree.map(
+                lambda x, g, w=w: np.float32(decentral.cdsgd_step(w, x, g, 0.1)),
+                state.variables["params"],
+                gradients,
+            ),
+            # The statistics of the step just made are mixed, not those from before it.
+            "batch_stats": jax.tree.map(lambda x, w=w: np.float32(decentral.mix(w, x)), stats),
+        }
+        tasks.assert_trees(found.variables, expected)
+        # The mean of all agents makes the step of plain SGD on the mean gradient.
+        before, after = state.variables["params"]["w"], found.variables["params"]["w"]
+        step = -0.1 * gradients["w"].mean(0)
+        np.testing.assert_allclose(after.mean(0) - before.mean(0), step, atol=1e-6)
+    assert calls.count("step") == 1
+
+
+@pytest.mark.parametrize("name", ["none", "wa", "dimat"])
+def test_rounds_are_local_training_between_merges(name):
+    run, _ = compiled(name, 6)
+    state = tasks.start(vectors(6), PLAIN.optimizer, 6)
+    gradients, stats = vectors(6, 1)["params"], vectors(6, 2)["batch_stats"]
+    found = run("step", state, np.full((6, 6), 1 / 6), gradients, stats)
+    stepped = jax.tree.map(
+        lambda x, g: x - np.float32(0.1) * g, state.variables["params"], gradients
+    )
+    tasks.assert_trees(found.variables, {"params": stepped, "batch_stats": stats})
+    if name == "none":
+        tasks.assert_trees(run("communicate", found, np.full((6, 6), 1 / 6)), found, 0, 0)
+
+
+def test_when_strategies_communicate():
+    when = {name: agents.parse(name, agents.ring(4)).every for name in strategies.STRATEGIES}
+    assert when == {
+        "none": "never",
+        "data_parallel": "always",
+        "wa": "round",
+        "dpsgd": "step",
+        "dimat": "round",
+    }
+
+
+def test_data_parallel_averages_gradients_and_statistics():
+    run, _ = compiled("data_parallel", 6)
+    state = tasks.start(vectors(6), PLAIN.optimizer, 6)
+    gradients, stats = vectors(6, 1)["params"], vectors(6, 2)["batch_stats"]
+    found = run("step", state, np.eye(6), gradients, stats).variables
+    for name, x in state.variables["params"].items():
+        step = np.float32(0.1) * gradients[name].mean(0)
+        np.testing.assert_allclose(found["params"][name], x - step, atol=1e-6)
+    expected = np.broadcast_to(stats["mean"].mean(0), (6, 3))
+    np.testing.assert_allclose(found["batch_stats"]["mean"], expected, atol=1e-6)
+
+
+def test_data_parallel_is_one_model_on_the_mean_gradient():
+    num_agents, steps = 4, 3
+    problem = tasks.mlp_problem(tasks.adam())
+    strategy = agents.parse("data_parallel", agents.disconnected(num_agents))
+    batches = tasks.batches(num_agents, (tasks.FEATURES,), steps)
+    state = tasks.start(tasks.mlps(num_agents), problem.optimizer, num_agents)
+    found, communicated = tasks.over(
+        num_agents,
+        functools.partial(short_run, strategy, problem, tasks.mlp_gradients),
+        state,
+        batches,
+        shared=[np.eye(num_agents, dtype=np.float32)],
+    )
+
+    @jax.jit
+    def train(params, opt_state, batch):
+        gradients, _ = tasks.mlp_gradients({"params": params}, batch)
+        updates, opt_state = problem.optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = tasks.agent((state.variables["params"], state.opt_state), 0)
+    for step in range(steps):
+        # Equal batches: the mean of the agents' gradients is that of all their examples.
+        batch = jax.tree.map(lambda x: x[:, step].reshape(-1, *x.shape[3:]), batches)  # noqa: B023
+        params, opt_state = train(params, opt_state, batch)
+    for i in range(num_agents):
+        tasks.assert_trees(tasks.agent(found.variables["params"], i), params, 1e-4, 1e-6)
+        tasks.assert_trees(tasks.agent(found.opt_state, i), opt_state, 1e-4, 1e-6)
+        tasks.assert_trees(tasks.agent(found, i), tasks.agent(found, 0), 0, 0)
+    tasks.assert_trees(communicated, found, 0, 0)
+
+
+def test_data_parallel_starts_from_agent_0_optimizer_state_included():
+    """Some optimizers keep a copy of the parameters, which has to be the same everywhere too."""
+
+    optimizer = optax.contrib.schedule_free(optax.sgd(0.1), learning_rate=0.1)
+    state = tasks.start(vectors(3), optimizer, 3)
+    strategy = agents.data_parallel(agents.ring(3))
+    found = tasks.over(3, strategy.init, state)
+    for i in range(3):
+        tasks.assert_trees(tasks.agent(found, i), tasks.agent(state, 0), 0, 0)
+
+
+@pytest.mark.parametrize("opt_state", strategies.OPT_STATE_AT_MERGE)
+def test_wa_and_the_optimizer_state(opt_state):
+    optimizer = tasks.adam()
+    state = tasks.start(vectors(4), optimizer, 4)
+    adam, rest = state.opt_state
+    adam = adam._replace(
+        count=np.arange(4, dtype=np.int32), mu=vectors(4, 1)["params"], nu=vectors(4, 2)["params"]
+    )
+    state = state._replace(opt_state=(adam, rest))
+    weights = agents.ring(4).weights
+    strategy = agents.wa(agents.ring(4), opt_state=opt_state)
+    problem = agents.Problem(optimizer=optimizer)
+    found = tasks.over(
+        4,
+        lambda axis, state, w: strategy.communicate(axis, problem, state, w),
+        state,
+        shared=[np.float32(weights)],
+    )
+    mixed = jax.tree.map(lambda x: np.float32(decentral.mix(weights, x)), (adam.mu, adam.nu))
+    expected = {
+        "keep": (adam, rest),
+        "reset": jax.tree.map(np.zeros_like, (adam, rest)),
+        "permute": (adam._replace(mu=mixed[0], nu=mixed[1]), rest),
+    }[opt_state]
+    tasks.assert_trees(found.opt_state, expected)
+
+
+# ---------------------------------------------------------------- leaves
+
+
+def test_mix_keeps_integers_and_none_and_computes_narrow_floats_in_float32():
+    weights = agents.ring(4).weights
+    tree = {
+        "int": np.arange(8, dtype=np.int32).reshape(4, 2),
+        "bool": np.array([True, False, True, True]),
+        "none": None,
+        "scalar": np.float32([1, 2, 3, 4]),
+        "half": jnp.asarray([[1.0], [2.0], [256.0], [3.0]], jnp.bfloat16),
+    }
+    found = tasks.over(
+        4, lambda axis, tree, w: strategies.mix(axis, w, tree), tree, shared=[weights]
+    )
+    for name in ("int", "bool"):
+        np.testing.assert_array_equal(found[name], tree[name])
+        assert found[name].dtype == tree[name].dtype
+    assert found["none"] is None
+    np.testing.assert_allclose(found["scalar"], weights @ tree["scalar"], rtol=1e-6)
+    assert found["half"].dtype == jnp.bfloat16
+    wide = np.float32(weights) @ np.asarray(tree["half"], np.float32)
+    np.testing.assert_array_equal(found["half"], np.asarray(wide, jnp.bfloat16))
+
+
+# ---------------------------------------------------------------- bytes
+
+# Parameters: 2*3 + 1 = 7 floats, statistics: 3; so an agent's variables take 40 bytes.
+TO_NEIGHBOURS = {
+    # Two neighbours each.
+    "ring": (agents.ring(5), [80, 80, 80, 80, 80]),
+    # The hub tells all four others, they tell it.
+    "star": (agents.star(5), [160, 40, 40, 40, 40]),
+    # Agent i receives from i + 1, i + 2 and i + 4, so each is heard by three.
+    "exponential": (agents.exponential(5), [120, 120, 120, 120, 120]),
+    # Row: receives. Agent 0 is heard by 1 and 2; nobody hears 2, though it hears both.
+    "directed": (
+        agents.from_matrix([[1, 0, 0], [0.5, 0.5, 0], [0.4, 0.3, 0.3]], connected=False),
+        [80, 40, 0],
+    ),
+    # Nobody weighs itself, which is no message either way.
+    "swap": (agents.from_matrix([[0, 1], [1, 0]]), [40, 40]),
+    "alone": (agents.disconnected(2), [0, 0]),
+}
+
+
+@pytest.mark.parametrize("graph", TO_NEIGHBOURS)
+def test_bytes_are_those_of_the_models_sent(graph):
+    topology, expected = TO_NEIGHBOURS[graph]
+    num_agents = topology.num_agents
+    variables = vectors(num_agents)
+    nothing = np.zeros(num_agents)
+    for name, per_step, per_round in (
+        ("none", nothing, nothing),
+        ("wa", nothing, expected),
+        ("dimat", nothing, expected),
+        ("dpsgd", expected, nothing),
+        # An all-reduce around a ring, whatever the topology; statistics are averaged too.
+        ("data_parallel", np.full(num_agents, 2 * (num_agents - 1) / num_agents * 40), nothing),
+    ):
+        strategy = agents.parse(name, topology)
+        np.testing.assert_allclose(strategy.sent_per_step(variables), per_step, err_msg=name)
+        np.testing.assert_allclose(strategy.sent_per_round(variables), per_round, err_msg=name)
+
+
+def test_bytes_count_narrow_leaves_as_narrow():
+    topology = agents.ring(4)
+    variables = {"params": {"w": jnp.zeros((4, 10), jnp.bfloat16)}}
+    assert agents.wa(topology).sent_per_round(variables).tolist() == [40.0] * 4
+    laid_out = agents.parallel(4, num_devices=2).put(variables)
+    assert agents.wa(topology).sent_per_round(laid_out).tolist() == [40.0] * 4
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_what_cannot_be_built_is_refused():
+    topology = agents.ring(4)
+    with pytest.raises(ValueError, match="unknown name 'dimatt'.*did you mean 'dimat'"):
+        agents.parse("dimatt", topology)
+    with pytest.raises(TypeError, match="statistics.*it takes .*statistic='correlation'"):
+        agents.parse("dimat(statistics='correlation')", topology)
+    for text in ("wa(opt_state='permutate')", "dimat(opt_state='permutate')"):
+        with pytest.raises(ValueError, match="opt_state='permutate'.*did you mean 'permute'"):
+            agents.parse(text, topology)
+    strategy = agents.dpsgd(topology)
+    assert agents.parse(strategy, topology) is strategy
