@@ -30,6 +30,12 @@ def test_best_of_all_permutations(backend):
     np.testing.assert_allclose(total(scores, p), sums.min(0), rtol=1e-6)
 
 
+def test_narrow_and_integer_scores():
+    scores = jnp.eye(5)[np.array([3, 1, 0, 4, 2])]
+    for dtype in (jnp.bfloat16, jnp.int32):
+        np.testing.assert_array_equal(align.assignment(scores.astype(dtype)), [3, 1, 0, 4, 2])
+
+
 def test_direction():
     p = np.random.default_rng(1).permutation(7)
     np.testing.assert_array_equal(align.assignment(jnp.eye(7)[p]), p)
@@ -43,11 +49,10 @@ def test_transformations_agree(backend):
     np.testing.assert_array_equal(one, solve(scores))
     np.testing.assert_array_equal(one, jax.jit(jax.vmap(solve))(scores))
     np.testing.assert_array_equal(one, jax.pmap(solve)(scores))
-    assert solve(scores.astype(jnp.bfloat16)).shape == (3, 8)
 
 
 def test_backends_agree():
-    scores = scores_of(3, 2, 16, 16)
+    scores = scores_of(3, 3, 8, 8)
     found = [align.assignment(scores, backend=backend) for backend in BACKENDS]
     np.testing.assert_array_equal(*found)
 

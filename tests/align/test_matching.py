@@ -33,12 +33,14 @@ def planted(module):
 MODULES = [models.MLP(3, (12, 9)), models.CNN(3, (6, 8)), networks.PaddedResidual()]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("statistic", ["correlation", "second_moment"])
+# The second moment prefers units of large scale: in the other two it need not find this answer.
+@pytest.mark.parametrize(
+    ("module", "statistic"),
+    [*((module, "correlation") for module in MODULES), (MODULES[0], "second_moment")],
+    ids=lambda m: m if isinstance(m, str) else type(m).__name__,
+)
 def test_activation_matching_recovers_a_planted_permutation(module, statistic):
     symmetry, reference, other, answer = planted(module)
-    if statistic == "second_moment" and not isinstance(module, models.MLP):
-        pytest.skip("the second moment prefers units of large scale: it need not find this answer")
     found = align.activation_matching(
         symmetry, module.apply, reference, other, IMAGES, statistic=statistic
     )

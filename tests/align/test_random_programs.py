@@ -10,13 +10,18 @@ from mixlab import align
 SIZES = (2, 3, 4, 6)
 
 
-def random_program(seed, length=10):
-    """Variables, an input, and a function that applies a random sequence of operations."""
+def random_program(seed, length=8):
+    """A function that applies random operations, its variables, and an input.
+
+    Every other operation is a layer with weights of its own, so that most operations meet axes
+    that are still free.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2, 3, 6))
     variables = {}
     steps = []
     plan = rng.integers(0, 1 << 30, size=length).tolist()
+    kinds = [rng.integers(0, 8) if i % 2 == 0 else rng.integers(8, 27) for i in range(length)]
 
     def weight(shape):
         same = [name for name, w in variables.items() if w.shape == tuple(shape)]
@@ -26,9 +31,9 @@ def random_program(seed, length=10):
         variables[name] = rng.normal(size=shape)
         return name
 
-    def step(draw, value, earlier):
+    def step(kind, draw, value, earlier):
         """One operation on `value` [.., ..., n]; returns a function of (variables, values)."""
-        n, kind, axis = value.shape[-1], draw % 26, draw // 26 % value.ndim
+        n, axis = value.shape[-1], value.ndim - 1 if draw % 3 else draw // 3 % value.ndim
         size = SIZES[draw // 100 % len(SIZES)]
         if kind <= 4:
             name = weight((n, size))
@@ -102,8 +107,8 @@ def random_program(seed, length=10):
         return lambda v, z, _: jax.nn.relu(z)
 
     values = [x]
-    for draw in plan:
-        function = step(draw, values[-1], values)
+    for kind, draw in zip(kinds, plan, strict=True):
+        function = step(kind, draw, values[-1], values)
         result = np.asarray(function(variables, values[-1], values))
         if result.size > 4000:
             continue

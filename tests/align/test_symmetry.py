@@ -134,8 +134,25 @@ def looped(p, x):
     return jax.lax.cond(h.sum() > 0, lambda z: jnp.exp(z), lambda z: -z, h) @ p["b"]
 
 
+def repeated(p, x):
+    def body(carry):
+        i, h = carry
+        return i + 1, jnp.tanh(h @ p["b"] @ p["c"]) + p["d"]
+
+    h = jax.lax.while_loop(lambda carry: carry[1].sum() + carry[0] < 5, body, (0, x @ p["a"]))[1]
+    return h @ p["out"]
+
+
+@jax.custom_vjp
+def swish(x):
+    return x * jax.nn.sigmoid(x)
+
+
+swish.defvjp(lambda x: (swish(x), x), lambda x, g: (g,))
+
+
 def rematerialised(p, x):
-    inner = jax.checkpoint(lambda h, w: jax.jit(jax.nn.softplus)(h @ w))
+    inner = jax.checkpoint(lambda h, w: jax.jit(swish)(h @ w))
     return inner(inner(x, p["a"]), p["b"]) @ p["c"]
 
 
@@ -168,6 +185,12 @@ def pair_product(p, x):
     [
         (recurrent, {"in": (3, 4), "rec": (4, 4), "out": (4, 2)}, normal(5, 2, 3), {"in": 4}),
         (looped, {"a": (3, 4), "scale": (4,), "b": (4, 2)}, normal(2, 3), {"a": 4}),
+        (
+            repeated,
+            {"a": (3, 4), "b": (4, 6), "c": (6, 4), "d": (4,), "out": (4, 2)},
+            normal(2, 3),
+            {"a": 4, "b": 6},
+        ),
         (rematerialised, {"a": (3, 4), "b": (4, 5), "c": (5, 2)}, normal(2, 3), {"a": 4, "b": 5}),
         # One permutation acts on both halves of a fused gate.
         (gated, {"ab": (3, 8), "out": (4, 2)}, normal(2, 3), {"ab": 4}),
