@@ -15,12 +15,13 @@ class ProgressLine:
         prefix: begins the line.
         total: steps of the run.
         images_per_step: examples that all agents see in a step.
-        out: where it is written.
+        out: where it is written, by default standard output.
     """
 
-    def __init__(self, prefix: str, total: int, images_per_step: int, out: TextIO = sys.stdout):
+    def __init__(self, prefix: str, total: int, images_per_step: int, out: TextIO | None = None):
         self._prefix, self._total, self._images = prefix, total, images_per_step
-        self._out, self._live = out, out.isatty()
+        self._out = out or sys.stdout  # looked up now: it may have been redirected since import
+        self._live = self._out.isatty()
         self._every = 0.5 if self._live else 15.0
         self._shown = time.perf_counter()
         self._first: tuple[float, int] | None = None
@@ -70,10 +71,20 @@ class MetricWriter:
         folder: of the run.
         keep_bytes: the file is cut to this length first; what a killed run wrote after its last
             checkpoint is thereby written once, not twice.
+
+    Raises:
+        ValueError: the file is shorter than `keep_bytes`; records are missing.
     """
 
     def __init__(self, folder: Path, keep_bytes: int = 0):
-        self._file = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115, closed by __exit__
+        path = folder / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep_bytes:
+            raise ValueError(
+                f"{path} has {size} bytes, but the checkpoint was saved when it had {keep_bytes}; "
+                "put the file back, or start over in another folder"
+            )
+        self._file = open(path, "ab")  # noqa: SIM115, closed by __exit__
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
         self._events = _event_writer(folder / "tensorboard")

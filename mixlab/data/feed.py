@@ -57,7 +57,7 @@ class Feed:
         )
         self._held: dict[str, Any] = {}
         if self.resident:
-            # Padding repeats the agent's first example; the order never reaches it.
+            # Padding repeats the agent's own examples; the order never reaches it.
             rows = np.stack([np.resize(part, longest) for part in parts])
             batch = dataset.batch(rows.ravel())
             self._held = put({k: v.reshape(*rows.shape, *v.shape[1:]) for k, v in batch.items()})

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mixlab import agents, trees
+from mixlab import agents
 from mixlab.agents import strategies
 from tests.agents import tasks
 from tests.reference import decentral
@@ -361,12 +361,12 @@ def test_bytes_count_narrow_leaves_as_narrow():
 
 def test_what_cannot_be_built_is_refused():
     topology = agents.ring(4)
-    with pytest.raises(ValueError, match="unknown name 'dimatt'.*did you mean 'dimat'"):
+    with pytest.raises(ValueError, match=r"unknown name 'dimatt'.*did you mean 'dimat'"):
         agents.parse("dimatt", topology)
-    with pytest.raises(TypeError, match="statistics.*it takes .*statistic='correlation'"):
+    with pytest.raises(TypeError, match=r"statistics.*it takes .*statistic='correlation'"):
         agents.parse("dimat(statistics='correlation')", topology)
     for text in ("wa(opt_state='permutate')", "dimat(opt_state='permutate')"):
-        with pytest.raises(ValueError, match="opt_state='permutate'.*did you mean 'permute'"):
+        with pytest.raises(ValueError, match=r"opt_state='permutate'.*did you mean 'permute'"):
             agents.parse(text, topology)
     strategy = agents.dpsgd(topology)
     assert agents.parse(strategy, topology) is strategy
