@@ -46,7 +46,7 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(1.2 + 2.5 * len(columns), 0.9 + 2.2 * len(rows)))
+        figure = Figure(figsize=(max(4.5, 1.2 + 2.5 * len(columns)), 1.1 + 2.2 * len(rows)))
         axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
         for (row, column), panel in panels.items():
             ax = axes[rows.index(row), columns.index(column)]
@@ -72,7 +72,12 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
             ),
             mpl.lines.Line2D([], [], color="#333333", linestyle=":", label="plain average"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=4 if len(columns) > 2 else 2,
+            fontsize=8,
+        )
     return figure
 
 
@@ -83,7 +88,7 @@ def distance(groups: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         groups: group title -> strategy -> `epoch` [T], `aligned` [T], `plain` [T].
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(1.2 + 3.2 * len(groups), 3.2))
+        figure = Figure(figsize=(max(4.5, 1.2 + 3.2 * len(groups)), 3.2))
         axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
         names = list(dict.fromkeys(name for runs in groups.values() for name in runs))
         for ax, (title, runs) in zip(axes, groups.items(), strict=True):
@@ -104,7 +109,12 @@ def distance(groups: dict[str, dict[str, dict[str, Any]]]) -> Figure:
             mpl.lines.Line2D([], [], color="#555555", label="after alignment"),
             mpl.lines.Line2D([], [], color="#555555", linestyle=":", label="as they are"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=6 if len(groups) > 1 else 3,
+            fontsize=8,
+        )
     return figure
 
 

@@ -36,6 +36,8 @@ def default_config() -> ConfigDict:
     config.seed = 0
     # Data: see mixlab.data.load.
     config.data = "mnist5k"
+    config.train_split = "train"  # TFDS sets take slices, "train[:90%]"
+    config.test_split = "test"
     config.data_dir = config_dict.placeholder(str)
     config.download = True
     config.image_size = config_dict.placeholder(int)
@@ -57,8 +59,6 @@ def default_config() -> ConfigDict:
     config.pretrain_epochs = 0
     config.rounds = 10
     config.epochs_per_round = 1
-    config.max_steps = config_dict.placeholder(int)  # stop early, e.g. to try a recipe
-    config.max_eval_examples = config_dict.placeholder(int)
     config.eval_batch_size = 500
     # Where and how it runs: see mixlab.agents.parallel.
     config.backend = "pmap"
@@ -187,7 +187,7 @@ def prepare(config: ConfigDict) -> Experiment:
             image_size=config.image_size,
             memory_bytes=config.memory_bytes,
         )
-        for split in ("train", "test")
+        for split in (config.train_split, config.test_split)
     )
     num_classes = train_set.num_classes
     parts = agents.partition.parse(config.partition)(train_set.labels, config.agents, config.seed)
@@ -274,7 +274,8 @@ def prepare(config: ConfigDict) -> Experiment:
     run_evaluate = parallel.compile(evaluate)
     run_consensus = parallel.compile(consensus)
     test_batches = [
-        parallel.replicate(batch) for batch in _test_batches(test_set, config, prepared)
+        parallel.replicate(batch)
+        for batch in _test_batches(test_set, config.eval_batch_size, prepared)
     ]
 
     def run(carry: PyTree, held: PyTree, now: int, by_itself: bool) -> PyTree:
@@ -341,8 +342,6 @@ def _run(
     epoch = experiment.feed.steps_per_epoch
     pretrain, length = config.pretrain_epochs * epoch, config.epochs_per_round * epoch
     total = pretrain + config.rounds * length
-    if config.max_steps is not None:
-        total = min(total, config.max_steps)
 
     def begins_round(step: int) -> bool:
         return step >= pretrain and (step - pretrain) % length == 0 and step < total
@@ -470,21 +469,15 @@ def _evaluate(model: Any, variables: PyTree, batch: Batch) -> dict[str, Array]:
 
 
 def _test_batches(
-    test_set: data.Dataset, config: ConfigDict, prepared: Callable[[np.ndarray], Array]
+    test_set: data.Dataset, size: int, prepared: Callable[[np.ndarray], Array]
 ) -> Iterator[Batch]:
     """The test set in batches of equal size; the last is padded with label -1."""
-    count = len(test_set)
-    if config.max_eval_examples is not None:
-        count = min(count, config.max_eval_examples)
-    size = min(config.eval_batch_size, count)
-    # A stride keeps the classes' shares where a set is sorted by class and cut short.
-    chosen = np.linspace(0, len(test_set) - 1, count).astype(np.int64)
-    for start in range(0, count, size):
-        indices = chosen[start : start + size]
-        padding = size - len(indices)
-        batch = test_set.batch(np.concatenate([indices, np.repeat(indices[:1], padding)]))
-        batch["label"][size - padding :] = -1
-        yield {"image": prepared(batch["image"]), "label": batch["label"]}
+    size = min(size, len(test_set))
+    for start in range(0, len(test_set), size):
+        indices = np.arange(start, start + size)
+        batch = test_set.batch(np.minimum(indices, len(test_set) - 1))
+        label = np.where(indices < len(test_set), batch["label"], -1)
+        yield {"image": prepared(batch["image"]), "label": label}
 
 
 def _batch_stats(model: Any, variables: PyTree) -> Callable[[PyTree, Array], PyTree]:

@@ -79,7 +79,9 @@ def load(
 
 
 def _import(name: str, known: tuple[str, ...]) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its greetings, not its errors
+    # TensorFlow only reads files here: without these it greets with a page of CPU features.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow as tf
         import tensorflow_datasets as tfds
