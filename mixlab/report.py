@@ -70,7 +70,7 @@ def write(workdir: str | Path) -> Path:
     lines = [
         f"# {workdir.resolve().name}",
         "",
-        f"{config['agents']} agents on {runs[0].setup['topology']}; {config['model']} "
+        f"{runs[0].setup['topology']}; {config['model']} "
         f"({runs[0].setup['parameters']:,} parameters) on {config['data']}; augmentation "
         f"`{config['augment']}`; optimizer `{config['optimizer']}`, batch {config['batch_size']} "
         f"an agent; {config['pretrain_epochs']} epochs apart, then {config['rounds']} rounds of "
