@@ -128,11 +128,14 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_records_are_on_disk_at_once_and_a_resumed_run_writes_none_twice(tmp_path):
+def test_records_are_on_disk_at_once_and_a_resumed_run_writes_none_twice(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(progress.os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
     with progress.MetricWriter(tmp_path) as writer:
         assert writer.num_bytes == 0
         writer.write(RECORDS[0])
         saved = writer.num_bytes
+        assert synced == [saved]
         assert saved == os.path.getsize(tmp_path / "metrics.jsonl")
         writer.write(RECORDS[1])
         assert lines(tmp_path) == RECORDS

@@ -167,9 +167,16 @@ def test_permuted_copies_of_one_model_merge_to_it():
 
 def test_batch_statistics_are_re_estimated_before_and_after():
     """Before, so that activations are compared at their right scale; after, for the merged."""
-    problem, variables = tasks.cnn_problem()
+    problem, first = tasks.cnn_problem()
+    ((group, size),) = problem.symmetry.groups.items()
+    roll = {group: np.roll(np.arange(size), 1)}
+    variables = jax.tree.map(lambda *x: np.stack(x), first, problem.symmetry.permute(roll, first))
+    # Statistics so stale that every unit would be dead, and match nothing.
+    variables["batch_stats"] = jax.tree.map(lambda x: x + 9, variables["batch_stats"])
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda x: x + 0.3 * rng.random((2, *x.shape), np.float32), variables)
+    variables["params"] = jax.tree.map(
+        lambda x: x + 0.1 * rng.random(x.shape, np.float32), variables["params"]
+    )
     state = tasks.start(variables, problem.optimizer, 2)
     strategy = agents.dimat(agents.ring(2))
     weights = np.float32([[0.75, 0.25], [0.5, 0.5]])
@@ -185,6 +192,7 @@ def test_batch_statistics_are_re_estimated_before_and_after():
         perms = align.activation_matching(
             problem.symmetry, tasks.CNN.apply, own[i], own[1 - i], problem.images
         )
+        np.testing.assert_array_equal(perms[group], np.roll(np.arange(size), 2 * i - 1))
         other = problem.symmetry.permute(perms, own[1 - i])
         merged = jax.tree.map(
             lambda a, b, w=weights[i], i=i: a * w[i] + b * w[1 - i], own[i], other
