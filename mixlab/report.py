@@ -10,19 +10,19 @@ from matplotlib.figure import Figure
 
 from mixlab import figures
 
-COLUMNS = (
-    "run",
-    "merged mean",
-    "merged worst",
-    "local mean",
-    "local worst",
-    "consensus",
-    "plain average",
-    "distance",
-    "plain distance",
-    "MB sent",
-    "seconds",
-)
+COLUMNS = {
+    "merged mean": "{:.1f}",
+    "merged worst": "{:.1f}",
+    "local mean": "{:.1f}",
+    "local worst": "{:.1f}",
+    "consensus": "{:.1f}",
+    "plain average": "{:.1f}",
+    "distance": "{:.3f}",
+    "plain distance": "{:.3f}",
+    "MB sent": "{:.1f}",
+    "seconds": "{:.1f}",
+}
+"""What is measured of a run, and how a table shows it; the fields that differ stand before it."""
 
 _LEGEND = """\
 Accuracies are on the test set, in percent. *merged*: right after the last merge; *local*: after the
@@ -56,11 +56,10 @@ def write(workdir: str | Path) -> Path:
     """
     workdir = Path(workdir)
     runs = _read(workdir)
-    rows = [_row(run) for run in runs]
     with open(workdir / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+        writer.writerow([*_differing(runs), *COLUMNS])
+        writer.writerows([*_names(run, runs), *_row(run)] for run in runs)
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     shown = _figures(runs)
@@ -76,7 +75,7 @@ def write(workdir: str | Path) -> Path:
         f"an agent; {config['pretrain_epochs']} epochs apart, then {config['rounds']} rounds of "
         f"{config['epochs_per_round']} epochs. Ran as {runs[0].setup['parallel']}.",
         "",
-        table(rows),
+        table(runs),
         "",
         _LEGEND,
         *(f"## {title}\n\n![{title}](figures/{name}.png)\n" for name, (_, title) in shown.items()),
@@ -88,8 +87,9 @@ def write(workdir: str | Path) -> Path:
 
 def show(path: Path) -> None:
     """Prints the results of a report and where its files are."""
+    path = path.resolve()
     workdir = path.parent
-    print(f"\n{table([_row(run) for run in _read(workdir)])}\n")
+    print(f"\n{table(_read(workdir))}\n")
     print(
         "accuracies in percent; 'merged' right after the last merge, 'local' after the last local"
     )
@@ -100,26 +100,39 @@ def show(path: Path) -> None:
     print(f"checkpoints  {workdir / 'runs' / '*' / 'checkpoints'}")
 
 
-def table(rows: list[list[Any]]) -> str:
-    """A Markdown table that is also readable as it stands."""
-    cells = [list(COLUMNS)] + [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+def table(runs: list[Run]) -> str:
+    """A Markdown table of the runs that is also readable as it stands."""
+    fields = _differing(runs)
+    cells = [[*fields, *COLUMNS]]
+    for run in runs:
+        shown = zip(COLUMNS.values(), _row(run), strict=True)
+        cells.append(
+            [*_names(run, runs), *("-" if v is None else form.format(v) for form, v in shown)]
+        )
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    left = len(fields)
     lines = [
-        "| " + " | ".join(_pad(c, w, i) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        " | ".join(
+            c.ljust(w) if i < left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
-    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([f"{lines[0]} |", f"|{rule}|", *(f"{line} |" for line in lines[1:])])
+    rule = "|".join(
+        "-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)
+    )
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 
-def _pad(text: str, width: int, column: int) -> str:
-    return text.ljust(width) if column == 0 else text.rjust(width)
+def _differing(runs: list[Run]) -> list[str]:
+    """The fields of the config in which the runs differ, the strategy last; it is always named."""
+    configs = [run.setup["config"] for run in runs]
+    fields = [f for f in configs[0] if any(c[f] != configs[0][f] for c in configs)]
+    return [*(f for f in fields if f != "strategy"), "strategy"]
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else f"{value:.4g}"
+def _names(run: Run, runs: list[Run]) -> list[str]:
+    return [str(run.setup["config"][field]) for field in _differing(runs)]
 
 
 def _read(workdir: Path) -> list[Run]:
@@ -134,7 +147,8 @@ def _read(workdir: Path) -> list[Run]:
     return sorted(runs, key=lambda run: run.setup["number"])
 
 
-def _row(run: Run) -> list[Any]:
+def _row(run: Run) -> list[float | None]:
+    """The values of `COLUMNS`."""
     local = [r for r in run.records if r["phase"] == "local"]
     merged = [r for r in run.records if r["phase"] == "merge"]
     last = run.records[-1]
@@ -145,7 +159,6 @@ def _row(run: Run) -> list[Any]:
     after_merge = merged[-1] if merged else None
     after_local = local[-1] if local else None
     return [
-        run.name,
         percent(after_merge, np.mean),
         percent(after_merge, min),
         percent(after_local, np.mean),
@@ -164,7 +177,7 @@ def _figures(runs: list[Run]) -> dict[str, tuple[Figure, str]]:
     panels: dict[tuple[str, str], dict[str, Any]] = {}
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for run in runs:
-        strategy, rest = run.setup["config"]["strategy"], _rest(run, runs)
+        strategy, rest = run.setup["config"]["strategy"], _title(run, runs)
         epoch = [r["epoch"] for r in run.records]
         panels[rest, strategy] = {
             "epoch": epoch,
@@ -199,13 +212,10 @@ def _figures(runs: list[Run]) -> dict[str, tuple[Figure, str]]:
     }
 
 
-def _rest(run: Run, runs: list[Run]) -> str:
+def _title(run: Run, runs: list[Run]) -> str:
     """The fields, other than the strategy, in which the runs differ: as a panel's title."""
-    configs = [other.setup["config"] for other in runs]
-    fields = [
-        f for f in configs[0] if f != "strategy" and any(c[f] != configs[0][f] for c in configs)
-    ]
+    *fields, _ = _differing(runs)
+    values = (run.setup["config"][field] for field in fields)
     return ", ".join(
-        str(run.setup["config"][f]) if f == "partition" else f"{f}={run.setup['config'][f]}"
-        for f in fields
+        str(v) if f == "partition" else f"{f}={v}" for f, v in zip(fields, values, strict=True)
     )

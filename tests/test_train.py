@@ -81,8 +81,8 @@ def test_the_report_holds_table_and_figures(sweep):
     text = (sweep / "report.md").read_text()
     with open(sweep / "results.csv") as file:
         rows = list(csv.reader(file))
-    assert tuple(rows[0]) == report.COLUMNS
-    assert [row[0] for row in rows[1:]] == ["none", "wa_opt_state_permute", "dpsgd", "dimat"]
+    assert rows[0] == ["strategy", *report.COLUMNS]
+    assert [row[0] for row in rows[1:]] == ["none", "wa(opt_state='permute')", "dpsgd", "dimat"]
     last = records(sweep / "runs" / "dimat")[-1]
     by_name = dict(zip(rows[0], rows[4], strict=True))
     assert float(by_name["local mean"]) == pytest.approx(100 * np.mean(last["test_accuracy"]))
