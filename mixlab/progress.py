@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,9 @@ class ProgressLine:
             self._out.flush()
 
     def _write(self, text: str) -> None:
-        self._out.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        if self._live:  # a line that wraps could not be rewritten in place
+            text = f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}"
+        self._out.write(text if self._live else f"{text}\n")
         self._out.flush()
 
 
@@ -72,11 +75,13 @@ class MetricWriter:
         keep_bytes: the file is cut to this length first; what a killed run wrote after its last
             checkpoint is thereby written once, not twice.
 
+        step: of the run; TensorBoard is to forget what it saw of later ones.
+
     Raises:
         ValueError: the file is shorter than `keep_bytes`; records are missing.
     """
 
-    def __init__(self, folder: Path, keep_bytes: int = 0):
+    def __init__(self, folder: Path, keep_bytes: int = 0, step: int = 0):
         path = folder / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         if size < keep_bytes:
@@ -87,7 +92,7 @@ class MetricWriter:
         self._file = open(path, "ab")  # noqa: SIM115, closed by __exit__
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
-        self._events = _event_writer(folder / "tensorboard")
+        self._events = _event_writer(folder / "tensorboard", step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record; it is on disk when this returns."""
@@ -116,9 +121,9 @@ class MetricWriter:
             self._events.close()
 
 
-def _event_writer(folder: Path) -> Any:
+def _event_writer(folder: Path, step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), write_to_disk=True)
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -364,7 +364,7 @@ def _run(
         if (found := checkpoints.restore(like)) is not None:
             start, restored, meta = found
             carry = parallel.put(restored)
-        metrics = stack.enter_context(MetricWriter(folder, meta["metrics_bytes"]))
+        metrics = stack.enter_context(MetricWriter(folder, meta["metrics_bytes"], start))
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)
 
@@ -502,8 +502,8 @@ def _bytes_sent(
     strategy = experiment.strategy
     steps = step if strategy.every == "always" else max(0, step - pretrain)
     merges = max(0, -(-(step - pretrain) // length)) + (phase == "merge")
-    sent = steps * strategy.sent_per_step(state.variables)
-    return (sent + merges * strategy.sent_per_round(state.variables)).tolist()
+    sent = steps * strategy.sent_per_step(state)
+    return (sent + merges * strategy.sent_per_round(state)).tolist()
 
 
 class _Clock:

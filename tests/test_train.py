@@ -68,7 +68,7 @@ def test_a_sweep_learns_and_reports(sweep):
     one = sent["dimat"] / 2
     assert sent == {
         "none": 0,
-        "wa_opt_state_permute": 2 * one,
+        "wa_opt_state_permute": 6 * one,  # two Adam moments go with each parameter
         "dimat": 2 * one,
         "dpsgd": 24 * one,
     }

@@ -6,7 +6,7 @@ program over the agent axis (see `mixlab.agents.parallel`).
 All of them share the gradient, the batch, the optimizer and the evaluation; they differ only in
 what they do with the gradients of a step and with the agents' variables at a communication. The
 mixing matrix is an argument, row i being the weights of what agent i receives, so that it may
-change from call to call without a new compilation.
+change from call to call, within the edges of the topology, without a new compilation.
 """
 
 import functools
@@ -72,7 +72,8 @@ class Strategy(NamedTuple):
         local_step: `local_step(axis, problem, state, grads, batch_stats, weights) -> state`.
         communicate: `communicate(axis, problem, state, weights) -> state`. Where agents mix within
             the step it gives the mixture that the next step will form, for evaluation.
-        sent_per_step: `sent_per_step(variables) -> bytes [A]` that each agent sends.
+        sent_per_step: `sent_per_step(state) -> bytes [A]` that each agent sends in a step, from
+            the sizes of the leaves [A, ...] that it sends.
         sent_per_round: likewise for `communicate`.
     """
 
@@ -81,8 +82,8 @@ class Strategy(NamedTuple):
     init: Callable[[Axis, AgentState], AgentState]
     local_step: Callable[[Axis, Problem, AgentState, PyTree, PyTree, Array], AgentState]
     communicate: Callable[[Axis, Problem, AgentState, Array], AgentState]
-    sent_per_step: Callable[[PyTree], np.ndarray]
-    sent_per_round: Callable[[PyTree], np.ndarray]
+    sent_per_step: Callable[[AgentState], np.ndarray]
+    sent_per_round: Callable[[AgentState], np.ndarray]
 
 
 def mix(axis: Axis, weights: Array, tree: PyTree) -> PyTree:
@@ -140,14 +141,22 @@ def _silent(axis: Axis, problem: Problem, state: AgentState, weights: Array) -> 
     return state
 
 
-def _nothing(topology: Topology) -> Callable[[PyTree], np.ndarray]:
-    return lambda variables: np.zeros(topology.num_agents)
+def _nothing(topology: Topology) -> Callable[[AgentState], np.ndarray]:
+    return lambda state: np.zeros(topology.num_agents)
 
 
-def _to_neighbours(topology: Topology) -> Callable[[PyTree], np.ndarray]:
-    """Every agent sends all its variables to each agent that gives it a weight."""
+def _to_neighbours(
+    topology: Topology, *, moments: bool = False
+) -> Callable[[AgentState], np.ndarray]:
+    """Every agent sends its variables, and moments, to each agent that gives it a weight."""
     sent_to = (np.asarray(topology.weights) > 0).sum(axis=0) - (np.diag(topology.weights) > 0)
-    return lambda variables: sent_to * trees.num_bytes(variables) / topology.num_agents
+
+    def sent(state: AgentState) -> np.ndarray:
+        message = (state.variables, state.opt_state if moments else ())
+        mixed = [leaf for leaf in jax.tree.leaves(message) if trees.is_inexact(leaf)]
+        return sent_to * trees.num_bytes(mixed) / topology.num_agents
+
+    return sent
 
 
 def _check_opt_state(choice: str) -> None:
@@ -189,8 +198,8 @@ def data_parallel(topology: Topology) -> Strategy:
         grads, stats = mix(axis, mean, (grads, stats))
         return _local_step(axis, problem, state, grads, stats, weights)
 
-    def sent(variables: PyTree) -> np.ndarray:
-        one = trees.num_bytes(variables) / num_agents
+    def sent(state: AgentState) -> np.ndarray:
+        one = trees.num_bytes(state.variables) / num_agents
         return np.full(num_agents, 2 * (num_agents - 1) / num_agents * one)
 
     return Strategy("data_parallel", "always", init, local_step, _silent, sent, _nothing(topology))
@@ -219,7 +228,13 @@ def wa(topology: Topology, *, opt_state: str = "keep") -> Strategy:
         return state._replace(variables=variables, opt_state=moments)
 
     return Strategy(
-        "wa", "round", _same, _local_step, communicate, _nothing(topology), _to_neighbours(topology)
+        "wa",
+        "round",
+        _same,
+        _local_step,
+        communicate,
+        _nothing(topology),
+        _to_neighbours(topology, moments=opt_state == "permute"),
     )
 
 
@@ -325,7 +340,7 @@ def dimat(
         _local_step,
         communicate,
         _nothing(topology),
-        _to_neighbours(topology),
+        _to_neighbours(topology, moments=opt_state == "permute"),
     )
 
 

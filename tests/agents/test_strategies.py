@@ -329,7 +329,8 @@ TO_NEIGHBOURS = {
 def test_bytes_are_those_of_the_models_sent(graph):
     topology, expected = TO_NEIGHBOURS[graph]
     num_agents = topology.num_agents
-    variables = vectors(num_agents)
+    moments = {"mu": jnp.zeros((num_agents, 5)), "count": jnp.zeros(num_agents, jnp.int32)}
+    state = agents.AgentState(vectors(num_agents), moments, jnp.full(num_agents, -1))
     nothing = np.zeros(num_agents)
     for name, per_step, per_round in (
         ("none", nothing, nothing),
@@ -340,16 +341,31 @@ def test_bytes_are_those_of_the_models_sent(graph):
         ("data_parallel", np.full(num_agents, 2 * (num_agents - 1) / num_agents * 40), nothing),
     ):
         strategy = agents.parse(name, topology)
-        np.testing.assert_allclose(strategy.sent_per_step(variables), per_step, err_msg=name)
-        np.testing.assert_allclose(strategy.sent_per_round(variables), per_round, err_msg=name)
+        np.testing.assert_allclose(strategy.sent_per_step(state), per_step, err_msg=name)
+        np.testing.assert_allclose(strategy.sent_per_round(state), per_round, err_msg=name)
 
 
 def test_bytes_count_narrow_leaves_as_narrow():
     topology = agents.ring(4)
     variables = {"params": {"w": jnp.zeros((4, 10), jnp.bfloat16)}}
-    assert agents.wa(topology).sent_per_round(variables).tolist() == [40.0] * 4
-    laid_out = agents.parallel(4, num_devices=2).put(variables)
+    state = agents.AgentState(variables, (), jnp.full(4, -1))
+    assert agents.wa(topology).sent_per_round(state).tolist() == [40.0] * 4
+    laid_out = agents.parallel(4, num_devices=2).put(state)
     assert agents.wa(topology).sent_per_round(laid_out).tolist() == [40.0] * 4
+
+
+def test_moments_that_are_mixed_are_sent_too():
+    state = agents.AgentState(
+        {"params": {"w": jnp.zeros((4, 10))}},
+        {"mu": jnp.zeros((4, 10)), "nu": jnp.zeros((4, 10)), "count": jnp.zeros(4, jnp.int32)},
+        jnp.full(4, -1),
+    )
+    for make in (agents.wa, agents.dimat):
+        sent = {
+            choice: make(agents.ring(4), opt_state=choice).sent_per_round(state).tolist()
+            for choice in ("keep", "reset", "permute")
+        }
+        assert sent == {"keep": [80.0] * 4, "reset": [80.0] * 4, "permute": [240.0] * 4}
 
 
 # ---------------------------------------------------------------- errors
