@@ -1,4 +1,4 @@
-"""The floor plan: who may import whom, and that every public thing says what it is."""
+"""The floor plan: who may import whom."""
 
 import ast
 import pathlib
@@ -78,13 +78,3 @@ def test_pmap_is_named_in_one_module():
         if isinstance(node, ast.Attribute) and node.attr == "pmap"
     }
     assert naming == {"agents/parallel.py"}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_public_functions_are_documented_and_typed(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            inner = getattr(node, "col_offset", 0) > 4
-            assert inner or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
-        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
-            assert node.returns is not None, f"{path}: {node.name} has no return type"

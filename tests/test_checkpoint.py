@@ -41,6 +41,8 @@ def test_an_empty_folder_gives_nothing(tmp_path):
         assert checkpoints.restore(state()) is None
 
 
+# orbax leaves a coroutine behind when a file is missing.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short", "missing"])
 def test_a_damaged_one_is_reported_and_the_one_before_is_used(tmp_path, damage):
     filled(tmp_path)

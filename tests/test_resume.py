@@ -92,9 +92,9 @@ def test_a_full_disk_is_told_and_costs_nothing(finished, tmp_path, like):
     wide = "--config.model=mlp(hidden=(2048,))"
     result = run(*command(tmp_path, wide), interrupted=["full", "2"])
     assert result.returncode == 1
-    assert "could not save a checkpoint" in result.stderr
-    assert "the checkpoint of step 24 is whole" in result.stderr
-    assert "Traceback" not in result.stderr
+    told = result.stderr.rstrip().splitlines()[-1]  # orbax's threads may complain before it
+    assert told.startswith("mixlab: could not save a checkpoint")
+    assert told.endswith("the checkpoint of step 24 is whole")
     assert run(*command(tmp_path, wide)).returncode == 0
 
 

@@ -48,7 +48,7 @@ def test_every_backend_gives_the_same(layout, donate):
 
 def test_put_and_get_are_inverse_and_get_copies():
     where = parallel(8, "pmap", num_devices=4)
-    tree = {"a": np.arange(16).reshape(8, 2), "b": np.ones(8, bool)}
+    tree = {"a": np.arange(16, dtype=np.int32).reshape(8, 2), "b": np.ones(8, bool)}
     placed = where.put(tree)
     assert placed["a"].shape == (4, 2, 2)
     back = where.get(placed)
