@@ -129,6 +129,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
             folder = workdir / "runs" / name
             folder.mkdir(parents=True, exist_ok=True)
             experiment = prepare(variant)
+            if number == 1:
+                print(f"{experiment.topology}\n{experiment.parallel}\nin {workdir}", flush=True)
             setup = {"number": number, "config": variant.to_dict(), **experiment.about}
             _write_json(folder / "setup.json", setup)
             np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
@@ -169,10 +171,11 @@ class Experiment(NamedTuple):
 
 def prepare(config: ConfigDict) -> Experiment:
     """Loads the data, places the agents and compiles what they do."""
-    if config.pretrain_epochs < 0 or config.rounds < 0 or config.epochs_per_round < 1:
+    durations = (config.pretrain_epochs, config.rounds)
+    if min(durations) < 0 or max(durations) < 1 or config.epochs_per_round < 1:
         raise ValueError(
-            "pretrain_epochs and rounds must be at least 0, epochs_per_round at least 1; got "
-            f"{config.pretrain_epochs}, {config.rounds} and {config.epochs_per_round}"
+            "pretrain_epochs and rounds must be at least 0 and not both 0, epochs_per_round at "
+            f"least 1; got {durations[0]}, {durations[1]} and {config.epochs_per_round}"
         )
     key = jax.random.key(config.seed)
     init_key, train_key, match_key, sheet_key = jax.random.split(key, 4)
@@ -403,11 +406,10 @@ def _run(
 
         batches = stack.enter_context(closing(experiment.feed.steps(start, total)))
         for step in range(start, total):
-            if begins_round(step):
+            if begins_round(step) and strategy.every in ("round", "step"):
                 with clock("merge"):
                     merged = jax.block_until_ready(experiment.communicate(carry))
-                if strategy.every in ("round", "step"):
-                    record(step, "merge", merged)
+                record(step, "merge", merged)
                 if strategy.every == "round":
                     carry = merged
             with clock("train"):

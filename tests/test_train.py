@@ -151,6 +151,7 @@ def test_a_diverging_run_names_step_and_agent_and_keeps_its_checkpoint(tmp_path)
         ({"agents": 4000}, ValueError, "4000"),
         ({"backend": "xmap"}, ValueError, "loop, vmap, pmap"),
         ({"epochs_per_round": 0}, ValueError, "epochs_per_round"),
+        ({"rounds": 0, "pretrain_epochs": 0}, ValueError, "not both 0"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"keep_checkpoints": 1}, ValueError, "at least 2"),
         ({"sweep": ConfigDict({"agent": (1,)})}, ValueError, "did you mean 'agents'"),
