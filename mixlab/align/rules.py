@@ -4,7 +4,8 @@ A rule names the permutations that a primitive commutes with. A primitive withou
 axis that a primitive treats by position, becomes fixed: fewer permutations, never a wrong one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mixlab.align.layout import Fixed, Layout, Solver, Sum, Term, Wild, concat, prod
 from mixlab.align.program import Op, Program
@@ -225,6 +226,13 @@ def _split(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     return results
 
 
+@rule("unstack")
+def _unstack(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
+    layout, axis = layouts[0], op.params["axis"]
+    solver.fix(layout[axis])
+    return [(*layout[:axis], *layout[axis + 1 :])] * len(op.shapes)
+
+
 def _at_borders(solver: Solver, term: Term, start: int, stop: int) -> Term | None:
     """The segments from `start` to `stop`, where the term is a sum with borders there."""
     term = solver.resolve(term)
@@ -347,9 +355,17 @@ def _carried(solver: Solver, layouts: Sequence[Layout]) -> list[Layout]:
     ]
 
 
+def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "ft_in" in params:  # JAX 0.12
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
 @rule("scan")
 def _scan(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
-    num_consts, num_carry = op.params["num_consts"], op.params["num_carry"]
+    num_consts, num_carry = _scan_counts(op.params)
     consts = layouts[:num_consts]
     carry = _carried(solver, layouts[num_consts : num_consts + num_carry])
     stacked = layouts[num_consts + num_carry :]
