@@ -57,6 +57,8 @@ def _train(arguments: Sequence[str]) -> None:
     except train.Stopped as stopped:
         print(f"\n{stopped}; run the same command again to go on", flush=True)
         return
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on from the last checkpoint", 130)
     except (train.Diverged, CheckpointError) as error:
         _fail(str(error), 1)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
