@@ -13,7 +13,7 @@ Data:     downloaded on the first run, or read from --config.data_dir=DIR where 
 
 from ml_collections import ConfigDict
 
-from mixlab.train import default_config
+from mixlab.experiment import default_config
 
 
 def get_config(variant: str = "") -> ConfigDict:

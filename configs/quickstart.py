@@ -6,7 +6,7 @@ Data:     5,000 real handwritten digits that come with the installation (4,000 t
 
 from ml_collections import ConfigDict
 
-from mixlab.train import default_config
+from mixlab.experiment import default_config
 
 
 def get_config() -> ConfigDict:

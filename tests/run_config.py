@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from mixlab.train import default_config
+from mixlab.experiment import default_config
 
 
 def get_config() -> ConfigDict:

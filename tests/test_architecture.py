@@ -24,9 +24,8 @@ MAY_IMPORT = {
     "progress": FOUNDATION,
     "checkpoint": FOUNDATION,
     "report": {"figures"},
-    "train": FOUNDATION
-    | {"augment", "merge", "align", "models", "data", "agents"}
-    | {"checkpoint", "progress", "report"},
+    "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
+    "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
     "cli": FOUNDATION | {"agents", "train", "report", "checkpoint"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
@@ -38,7 +37,7 @@ ONLY_IN = {
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
     "matplotlib": {"figures", "report"},
-    "ml_collections": {"train", "cli"},
+    "ml_collections": {"experiment", "train", "cli"},
 }
 
 

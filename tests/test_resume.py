@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mixlab.checkpoint import Checkpoints
-from mixlab.train import prepare
+from mixlab.experiment import prepare
 from tests.run_config import get_config
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -1,0 +1,339 @@
+"""What a config means: data, agents, model, strategy and the programs that they make together.
+
+`prepare` is read from top to bottom; `mixlab.train` runs what it makes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict, config_dict
+
+from mixlab import agents, align, augment, data, models, spec
+from mixlab.agents.parallel import host_callbacks_are_safe
+from mixlab.types import Array, Batch, Key, PyTree
+
+
+def default_config() -> ConfigDict:
+    """Every field of an experiment, with its default. `configs/` starts from here."""
+    config = ConfigDict()
+    config.seed = 0
+    # Data: see mixlab.data.load.
+    config.data = "mnist5k"
+    config.train_split = "train"  # TFDS sets take slices, "train[:90%]"
+    config.test_split = "test"
+    config.data_dir = config_dict.placeholder(str)
+    config.download = True
+    config.image_size = config_dict.placeholder(int)
+    config.memory_bytes = 2 << 30  # images up to this size live on the devices
+    config.augment = "identity"  # on uint8 images, training only
+    config.preprocess = "to_float"  # after that, training and evaluation
+    # Model and optimizer.
+    config.model = "mlp(hidden=(256, 256, 256))"
+    config.optimizer = "adam(1e-3)"
+    config.batch_size = 50  # of each agent
+    # Agents: see mixlab.agents.
+    config.agents = 8
+    config.topology = "ring"
+    config.partition = "iid"
+    config.strategy = "dimat"
+    config.same_init = False
+    config.matching_examples = 1000  # training images on which activations are compared
+    # Durations. An epoch is as many steps as the mean agent needs to see its part once.
+    config.pretrain_epochs = 0
+    config.rounds = 10
+    config.epochs_per_round = 1
+    config.eval_batch_size = 500
+    # Where and how it runs: see mixlab.agents.parallel.
+    config.backend = "pmap"
+    config.per_device = "auto"
+    config.devices = config_dict.placeholder(int)
+    config.checkpoint_every_steps = config_dict.placeholder(int)  # by default: every round
+    config.keep_checkpoints = 2
+    # Field -> tuple of values; every combination is run.
+    config.sweep = ConfigDict()
+    return config
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    name: getattr(optax, name)
+    for name in (
+        "adabelief",
+        "adam",
+        "adamw",
+        "lamb",
+        "lars",
+        "lion",
+        "nadam",
+        "rmsprop",
+        "sgd",
+        "add_decayed_weights",
+        "clip_by_global_norm",
+        "cosine_decay_schedule",
+        "exponential_decay",
+        "linear_schedule",
+        "piecewise_constant_schedule",
+        "warmup_cosine_decay_schedule",
+    )
+}
+"""What `config.optimizer` may name: optax's own optimizers, transformations and schedules."""
+
+
+class Experiment(NamedTuple):
+    """A config made real: what `_run` needs to train, evaluate and describe it.
+
+    Attributes:
+        parallel: where the agents run.
+        strategy: how they communicate.
+        topology: with whom.
+        feed: what they read.
+        init: `init() -> carry`; a carry is `(AgentState, totals)`, in the layout of `parallel`.
+        step: `step(carry, held, step, alone) -> carry`; the old carry's memory is reused.
+            `alone` means that nobody mixes (before the first round).
+        communicate: `communicate(carry) -> carry`.
+        test: `test(variables) -> {"accuracy": [A], "loss": [A]}` of every agent.
+        consensus: `consensus(variables) -> dict` of the accuracies and distances of consensus.
+        about: what the report says of the set-up, as JSON can hold it.
+        sheet: arrays of a few training images before and after augmentation, with their labels.
+    """
+
+    parallel: agents.Parallel
+    strategy: agents.Strategy
+    topology: agents.Topology
+    feed: data.Feed
+    init: Callable[[], PyTree]
+    step: Callable[[PyTree, PyTree, int, bool], PyTree]
+    communicate: Callable[[PyTree], PyTree]
+    test: Callable[[PyTree], dict[str, np.ndarray]]
+    consensus: Callable[[PyTree], dict[str, float]]
+    about: dict[str, Any]
+    sheet: dict[str, np.ndarray]
+
+
+def prepare(config: ConfigDict) -> Experiment:
+    """Loads the data, places the agents and compiles what they do."""
+    durations = (config.pretrain_epochs, config.rounds)
+    if min(durations) < 0 or max(durations) < 1 or config.epochs_per_round < 1:
+        raise ValueError(
+            "pretrain_epochs and rounds must be at least 0 and not both 0, epochs_per_round at "
+            f"least 1; got {durations[0]}, {durations[1]} and {config.epochs_per_round}"
+        )
+    key = jax.random.key(config.seed)
+    init_key, train_key, match_key, sheet_key = jax.random.split(key, 4)
+
+    # 1. Data, and who holds what.
+    train_set, test_set = (
+        data.load(
+            config.data,
+            split,
+            data_dir=config.data_dir,
+            download=config.download,
+            image_size=config.image_size,
+            memory_bytes=config.memory_bytes,
+        )
+        for split in (config.train_split, config.test_split)
+    )
+    num_classes = train_set.num_classes
+    parts = agents.partition.parse(config.partition)(train_set.labels, config.agents, config.seed)
+
+    # 2. Who talks to whom, where they run, what they read.
+    topology = agents.topology.parse(config.topology, config.agents)
+    strategy = agents.parse(config.strategy, topology)
+    parallel = agents.parallel(
+        config.agents, config.backend, per_device=config.per_device, num_devices=config.devices
+    )
+    feed = data.Feed(
+        train_set, parts, config.batch_size, config.seed, parallel.put, config.memory_bytes
+    )
+    augmentation = augment.parse(config.augment)
+    preprocess = augment.parse(config.preprocess)
+
+    def prepared(images: np.ndarray) -> Array:
+        return preprocess(key, {"image": jnp.asarray(images)})["image"]
+
+    # 3. Model, optimizer, symmetries.
+    model = models.parse(config.model, num_classes)
+    count = min(config.matching_examples, len(train_set))
+    chosen = np.sort(np.asarray(jax.random.permutation(match_key, len(train_set))[:count]))
+    images = prepared(train_set.batch(chosen)["image"])
+    variables = jax.jit(model.init)(init_key, images[:1])
+    symmetry = align.infer_symmetry(model.apply, variables, images[:2])
+    problem = agents.Problem(
+        optimizer=spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain),
+        symmetry=symmetry,
+        batch_stats=_batch_stats(model, variables),
+        assignment="scipy" if host_callbacks_are_safe(parallel) else "optax",
+    )
+    shared = {
+        "images": parallel.replicate(images),
+        "weights": parallel.replicate(jnp.asarray(topology.weights, jnp.float32)),
+    }
+    alone = parallel.replicate(jnp.eye(config.agents))
+
+    # 4. Programs over the agent axis.
+    def init(axis: agents.Axis, ids: Array, held: PyTree, shared: PyTree) -> PyTree:
+        def one(agent: Array) -> tuple[PyTree, PyTree]:
+            own = init_key if config.same_init else jax.random.fold_in(init_key, agent)
+            variables = model.init(own, shared["images"][:1])
+            return variables, problem.optimizer.init(variables["params"])
+
+        variables, opt_state = axis.each(one)(ids)
+        healthy = jnp.full(ids.shape, -1, jnp.int32)
+        state = strategy.init(axis, agents.AgentState(variables, opt_state, healthy))
+        totals = {name: jnp.zeros(ids.shape) for name in ("loss", "accuracy", "steps")}
+        return state, totals
+
+    def step(axis: agents.Axis, carry: PyTree, held: PyTree, shared: PyTree) -> PyTree:
+        state, totals = carry
+        now = shared["step"]
+
+        def one(agent: Array, variables: PyTree, held: PyTree) -> PyTree:
+            batch = feed.select(held, now)
+            batch["label"] = jax.nn.one_hot(batch["label"], num_classes)
+            mixing_key, own_key = jax.random.split(
+                jax.random.fold_in(jax.random.fold_in(train_key, now), agent)
+            )
+            batch = preprocess(mixing_key, augmentation(mixing_key, batch))
+            return _gradients(model, own_key, variables, batch)
+
+        grads, stats, metrics = axis.each(one)(axis.ids, state.variables, held)
+        lost = (state.failed_at < 0) & ~jnp.isfinite(metrics["loss"])
+        state = state._replace(failed_at=jnp.where(lost, now, state.failed_at))
+        state = strategy.local_step(axis, problem, state, grads, stats, shared["weights"])
+        return state, jax.tree.map(jnp.add, totals, metrics)
+
+    def communicate(axis: agents.Axis, carry: PyTree, held: PyTree, shared: PyTree) -> PyTree:
+        state, totals = carry
+        here = problem._replace(images=shared["images"])
+        return strategy.communicate(axis, here, state, shared["weights"]), totals
+
+    def evaluate(axis: agents.Axis, variables: PyTree, held: PyTree, batch: Batch) -> PyTree:
+        return axis.each(lambda own: _evaluate(model, own, batch))(variables)
+
+    def consensus(axis: agents.Axis, variables: PyTree, held: PyTree, shared: PyTree) -> PyTree:
+        return agents.consensus(axis, problem._replace(images=shared["images"]), variables)
+
+    run_step = parallel.compile(step, donate=True)
+    run_communicate = parallel.compile(communicate)
+    run_evaluate = parallel.compile(evaluate)
+    run_consensus = parallel.compile(consensus)
+    test_batches = [
+        parallel.replicate(batch)
+        for batch in _test_batches(test_set, config.eval_batch_size, prepared)
+    ]
+
+    def run(carry: PyTree, held: PyTree, now: int, by_itself: bool) -> PyTree:
+        weights = alone if by_itself else shared["weights"]
+        return run_step(carry, held, {"step": np.int32(now), "weights": weights})
+
+    def test(variables: PyTree) -> dict[str, np.ndarray]:
+        sums = [parallel.get(run_evaluate(variables, {}, batch)) for batch in test_batches]
+        total = {name: sum(s[name] for s in sums) for name in sums[0]}
+        return {name: total[name] / total["examples"] for name in ("accuracy", "loss")}
+
+    def test_consensus(variables: PyTree) -> dict[str, float]:
+        found = run_consensus(variables, {}, shared)
+        return {
+            "consensus_accuracy": float(test(found.aligned)["accuracy"][0]),
+            "plain_accuracy": float(test(found.plain)["accuracy"][0]),
+            "consensus_distance": float(parallel.get(found.aligned_distance)[0]),
+            "plain_distance": float(parallel.get(found.plain_distance)[0]),
+        }
+
+    # 5. What the report shows of all this.
+    spread = np.linspace(0, len(train_set) - 1, min(8, len(train_set))).astype(np.int64)
+    by_class = np.argsort(train_set.labels, kind="stable")
+    sample = train_set.batch(by_class[spread])
+    sample["label"] = np.eye(num_classes, dtype=np.float32)[sample["label"]]
+    mixed = jax.tree.map(np.asarray, jax.jit(augmentation.__call__)(sheet_key, sample))
+    about = {
+        "topology": str(topology),
+        "weights": np.asarray(topology.weights).tolist(),
+        "partition": agents.partition.counts(parts, train_set.labels, num_classes).tolist(),
+        "class_names": list(train_set.class_names),
+        "parallel": str(parallel),
+        "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
+        "symmetry": {name: int(size) for name, size in symmetry.groups.items()},
+        "steps_per_epoch": feed.steps_per_epoch,
+    }
+    sheet = {"before": sample["image"], "image": mixed["image"], "label": mixed["label"]}
+    return Experiment(
+        parallel=parallel,
+        strategy=strategy,
+        topology=topology,
+        feed=feed,
+        init=lambda: parallel.compile(init)(parallel.put(np.arange(config.agents)), {}, shared),
+        step=run,
+        communicate=lambda carry: run_communicate(carry, {}, shared),
+        test=test,
+        consensus=test_consensus,
+        about=about,
+        sheet=sheet,
+    )
+
+
+def _gradients(
+    model: Any, key: Key, variables: PyTree, batch: Batch
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+    """Gradients, new BatchNorm statistics and metrics of one agent on one batch."""
+    stats = variables.get("batch_stats")
+
+    def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
+        logits, changed = model.apply(
+            {**variables, "params": params},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        logits = logits.astype(jnp.float32)
+        loss = optax.softmax_cross_entropy(logits, batch["label"]).mean()
+        return loss, (logits, changed.get("batch_stats", stats))
+
+    (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+    right = jnp.argmax(logits, -1) == jnp.argmax(batch["label"], -1)
+    metrics = {"loss": loss, "accuracy": right.mean(), "steps": jnp.ones(())}
+    return grads, stats, metrics
+
+
+def _evaluate(model: Any, variables: PyTree, batch: Batch) -> dict[str, Array]:
+    """Sums over the examples of `batch` whose label is not -1 (padding)."""
+    logits = model.apply(variables, batch["image"]).astype(jnp.float32)
+    real = batch["label"] >= 0
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["label"], 0))
+    right = jnp.argmax(logits, -1) == batch["label"]
+    return {
+        "accuracy": jnp.sum(right & real, dtype=jnp.float32),
+        "loss": jnp.sum(jnp.where(real, loss, 0.0)),
+        "examples": jnp.sum(real, dtype=jnp.float32),
+    }
+
+
+def _test_batches(
+    test_set: data.Dataset, size: int, prepared: Callable[[np.ndarray], Array]
+) -> Iterator[Batch]:
+    """The test set in batches of equal size; the last is padded with label -1."""
+    size = min(size, len(test_set))
+    for start in range(0, len(test_set), size):
+        indices = np.arange(start, start + size)
+        batch = test_set.batch(np.minimum(indices, len(test_set) - 1))
+        label = np.where(indices < len(test_set), batch["label"], -1)
+        yield {"image": prepared(batch["image"]), "label": label}
+
+
+def _batch_stats(model: Any, variables: PyTree) -> Callable[[PyTree, Array], PyTree]:
+    """How BatchNorm statistics are re-estimated; nothing to do for a model that has none."""
+    if "batch_stats" not in variables:
+        return lambda variables, images: variables
+
+    def seen(variables: PyTree, images: Array) -> PyTree:
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+    def reestimated(variables: PyTree, images: Array) -> PyTree:
+        momentum = models.BATCH_NORM_MOMENTUM
+        return align.reestimate_batch_stats(seen, variables, [images], momentum=momentum)
+
+    return reestimated
