@@ -1,8 +1,12 @@
-# Sourced by the other scripts: makes .venv and installs mixlab in it, editable, with the extras
-# that are named, from the versions in launch/constraints.txt.
+#!/usr/bin/env bash
+# Makes .venv and installs mixlab in it, editable, with the extras that are named, in the versions of
+# launch/constraints.txt. The other scripts source it.
+#   bash launch/install.sh data tensorboard
 #   MIXLAB_ACCELERATOR=cpu|cuda|tpu   which JAX to install (default: what is there)
 #   MIXLAB_CONSTRAINTS=FILE           other versions; an empty value takes the newest
 #   PYTHON=python3.12                 the interpreter to make .venv from
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="$*"
 
 # A Google PCI device with the number of a TPU chip; the vendor makes network cards too.

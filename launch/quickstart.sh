@@ -6,8 +6,7 @@
 #   MIXLAB_ACCELERATOR=cpu|cuda|tpu   which JAX to install (default: what is there)
 #   MIXLAB_WORKDIR=DIR                where the run is kept (default: runs/quickstart)
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source launch/install.sh
+source "$(dirname "$0")/install.sh"
 workdir="${MIXLAB_WORKDIR:-runs/quickstart}"
 .venv/bin/mixlab train --config configs/quickstart.py --workdir "$workdir" "$@"
 cat <<EOF
@@ -16,6 +15,6 @@ What to try next
   .venv/bin/mixlab train --config configs/quickstart.py --workdir runs/cutmix \\
     --config.augment='cutmix(alpha=1.0)' --config.topology=exponential
   .venv/bin/mixlab train --config configs/cifar10_dimat.py:smoke --workdir runs/cifar10
-    (CIFAR-10 by TensorFlow Datasets: pip install -e '.[data]' first)
+    (CIFAR-10 by TensorFlow Datasets: bash launch/install.sh data first)
   bash launch/test.sh
 EOF
