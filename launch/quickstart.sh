@@ -6,7 +6,7 @@
 #   MIXLAB_ACCELERATOR=cpu|cuda|tpu   which JAX to install (default: what is there)
 #   MIXLAB_WORKDIR=DIR                where the run is kept (default: runs/quickstart)
 set -euo pipefail
-source "$(dirname "$0")/install.sh"
+source "$(dirname "$0")/install.sh" "" # no extras: without an argument it would take this script's
 workdir="${MIXLAB_WORKDIR:-runs/quickstart}"
 .venv/bin/mixlab train --config configs/quickstart.py --workdir "$workdir" "$@"
 cat <<EOF
