@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -77,3 +79,15 @@ def test_pmap_is_named_in_one_module():
         if isinstance(node, ast.Attribute) and node.attr == "pmap"
     }
     assert naming == {"agents/parallel.py"}
+
+
+def test_the_rooms_open_when_they_are_entered():
+    code = (
+        "import sys, mixlab; assert 'jax' not in sys.modules; mixlab.merge.average\n"
+        "assert 'flax' not in sys.modules; assert set(mixlab.__all__) <= set(dir(mixlab))\n"
+        "mixlab.kitchen"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "module 'mixlab' has no attribute 'kitchen'; it has agents" in result.stderr
