@@ -183,7 +183,7 @@ def rotate(
         ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
     """
     radians = jnp.asarray(degrees, jnp.result_type(float)) * (np.pi / 180.0)
-    cos, sin = jnp.cos(radians), jnp.sin(radians)
+    cos, sin = _whole(jnp.cos(radians)), _whole(jnp.sin(radians))
     y, x = (n / 2.0 for n in image.shape[:2])
     matrix = ((cos, -sin, x - x * cos + y * sin), (sin, cos, y - x * sin - y * cos))
     return _affine(image, matrix, interpolation, fill, dialect)
@@ -274,6 +274,11 @@ def translate_y(
     """
     offset = _offset(pixels, dialect)
     return _affine(image, ((1.0, 0.0, 0.0), (0.0, 1.0, offset)), interpolation, fill, dialect)
+
+
+def _whole(x: Array) -> Array:
+    """Snaps to the nearest integer what rounding has moved off it: quarter turns are then exact."""
+    return jnp.where(jnp.abs(x - jnp.round(x)) < 2e-7, jnp.round(x), x)
 
 
 def _offset(pixels: ArrayLike, dialect: str) -> Array:

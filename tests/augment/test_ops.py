@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mixlab.augment import ops
 from mixlab.augment.photometric import autocontrast_table
@@ -122,3 +123,13 @@ def test_refusals():
         ops.invert(photo()[..., 0])
     with pytest.raises(TypeError, match="int32"):
         ops.invert(photo().astype(jnp.int32))
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_quarter_turns_equal_pillow(interpolation):
+    image = np.random.default_rng(0).integers(0, 256, (11, 14, 3), dtype=np.uint8)
+    turned = jax.jit(lambda d: ops.rotate(image, d, interpolation=interpolation, fill=128))
+    resample = getattr(Image.Resampling, interpolation.upper())
+    for degrees in (0, 90, 180, 270, -90):
+        expected = Image.fromarray(image).rotate(degrees, resample, fillcolor=(128, 128, 128))
+        np.testing.assert_array_equal(turned(degrees), np.asarray(expected), err_msg=str(degrees))
