@@ -8,6 +8,9 @@ re-estimation use 5,000 training images here, all 50,000 there.
 Command:  mixlab train --config configs/cifar10_dimat.py --workdir runs/cifar10_dimat
 Variants: configs/cifar10_dimat.py:smoke   the same program in minutes on a CPU: width 1, four
           epochs of 1,600 images. It shows that everything runs, not how well it does.
+Measured: smoke on two CPU cores (2026-11): 2.5 minutes in all, test accuracy after the last merge
+          21.8 % (mean of the agents), of the aligned consensus 21.1 %, of the plain average 13.1 %.
+          The full recipe is for an accelerator and has not been run yet.
 Data:     downloaded on the first run, or read from --config.data_dir=DIR where it is prepared.
 """
 
