@@ -83,7 +83,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 
 class Experiment(NamedTuple):
-    """A config made real: what `_run` needs to train, evaluate and describe it.
+    """A config made real: what `mixlab.train` needs to train, evaluate and describe it.
 
     Attributes:
         parallel: where the agents run.
@@ -114,7 +114,16 @@ class Experiment(NamedTuple):
 
 
 def prepare(config: ConfigDict) -> Experiment:
-    """Loads the data, places the agents and compiles what they do."""
+    """Loads the data, places the agents and compiles what they do.
+
+    Args:
+        config: as `default_config`, with any fields changed; its `sweep` is not looked at.
+
+    Raises:
+        ValueError: a field has a value that cannot be used, or names something unknown.
+        TypeError: a field gives an argument that what it names does not take.
+        ModuleNotFoundError: the data set needs the extra `data`.
+    """
     durations = (config.pretrain_epochs, config.rounds)
     if min(durations) < 0 or max(durations) < 1 or config.epochs_per_round < 1:
         raise ValueError(
@@ -196,7 +205,7 @@ def prepare(config: ConfigDict) -> Experiment:
             mixing_key, own_key = jax.random.split(
                 jax.random.fold_in(jax.random.fold_in(train_key, now), agent)
             )
-            batch = preprocess(mixing_key, augmentation(mixing_key, batch))
+            batch = preprocess(key, augmentation(mixing_key, batch))  # as in evaluation
             return _gradients(model, own_key, variables, batch)
 
         grads, stats, metrics = axis.each(one)(axis.ids, state.variables, held)
@@ -220,17 +229,21 @@ def prepare(config: ConfigDict) -> Experiment:
     run_communicate = parallel.compile(communicate)
     run_evaluate = parallel.compile(evaluate)
     run_consensus = parallel.compile(consensus)
-    test_batches = [
-        parallel.replicate(batch)
-        for batch in _test_batches(test_set, config.eval_batch_size, prepared)
-    ]
+
+    def stream() -> Iterator[Batch]:
+        return map(parallel.replicate, _test_batches(test_set, config.eval_batch_size, prepared))
+
+    # As float32 the images take four times their bytes, and every device holds a copy.
+    copies = 4 * len(parallel.devices) * test_set.num_bytes
+    resident = list(stream()) if copies <= config.memory_bytes else None
 
     def run(carry: PyTree, held: PyTree, now: int, by_itself: bool) -> PyTree:
         weights = alone if by_itself else shared["weights"]
         return run_step(carry, held, {"step": np.int32(now), "weights": weights})
 
     def test(variables: PyTree) -> dict[str, np.ndarray]:
-        sums = [parallel.get(run_evaluate(variables, {}, batch)) for batch in test_batches]
+        batches = stream() if resident is None else resident
+        sums = [parallel.get(run_evaluate(variables, {}, batch)) for batch in batches]
         total = {name: sum(s[name] for s in sums) for name in sums[0]}
         return {name: total[name] / total["examples"] for name in ("accuracy", "loss")}
 

@@ -74,8 +74,7 @@ class MetricWriter:
         folder: of the run.
         keep_bytes: the file is cut to this length first; what a killed run wrote after its last
             checkpoint is thereby written once, not twice.
-
-        step: of the run; TensorBoard is to forget what it saw of later ones.
+        step: of the run, from which it goes on; TensorBoard forgets what it saw of later ones.
 
     Raises:
         ValueError: the file is shorter than `keep_bytes`; records are missing.

@@ -61,8 +61,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
         for number, (name, variant) in enumerate(variants.items(), 1):
             title = f"[{number}/{len(variants)}] {name}"
             folder = workdir / "runs" / name
-            folder.mkdir(parents=True, exist_ok=True)
             experiment = prepare(variant)
+            folder.mkdir(parents=True, exist_ok=True)
             if number == 1:
                 print(f"{experiment.topology}\n{experiment.parallel}\nin {workdir}", flush=True)
             setup = {"number": number, "config": variant.to_dict(), **experiment.about}
@@ -241,10 +241,15 @@ def _slug(value: Any) -> str:
 
 
 def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes the config into the folder, or checks that it is the one already there."""
+    """Writes the config into the folder, or checks that it is the one that ran there.
+
+    A config that could not be run has left nothing, so the mended one may take its place.
+    """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config.to_dict()))
-    if not path.exists():
+    metrics = (workdir / "runs").glob("*/metrics.jsonl")
+    saved = (workdir / "runs").glob("*/checkpoints/step_*")
+    if not path.exists() or not (any(m.stat().st_size for m in metrics) or any(saved)):
         workdir.mkdir(parents=True, exist_ok=True)
         _write_json(path, mine)
         return

@@ -163,6 +163,15 @@ def test_what_cannot_be_run_says_why(tmp_path, fields, error, says):
         run(tmp_path, **fields)
 
 
+def test_a_config_that_could_not_run_does_not_hold_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'mlp'"):
+        run(tmp_path, model="mpl")
+    short = {"pretrain_epochs": 1, "rounds": 0, "strategy": "none", "augment": "identity"}
+    assert len(run(tmp_path, model="mlp(hidden=(8,))", **short)["none"]) == 1
+    with pytest.raises(ValueError, match=r"model: .* there"):  # but one that has run does
+        run(tmp_path, model="mlp(hidden=(9,))", **short)
+
+
 def test_a_report_of_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no runs"):
         report.write(tmp_path)
