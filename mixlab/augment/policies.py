@@ -9,6 +9,7 @@ import numpy as np
 
 from mixlab.augment import ops
 from mixlab.augment.core import Augmentation, check_probability, image_of
+from mixlab.augment.dispatch import run_each
 from mixlab.augment.geometric import Fill, check_sampling
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Batch, Key, Plan
@@ -267,23 +268,6 @@ def randaugment(
         image = image_of(batch)
         op, argument = jnp.asarray(plan["op"]), jnp.asarray(plan["argument"], jnp.float32)
         branch = jnp.where(jnp.asarray(plan.get("use", True)), op + 1, 0)
-        return {**batch, "image": _each(branches, image, branch, argument)}
+        return {**batch, "image": run_each(branches, image, branch, argument)}
 
     return Augmentation(sample, apply)
-
-
-def _each(
-    branches: list[Callable[[Array, Array], Array]], image: Array, branch: Array, argument: Array
-) -> Array:
-    """Runs `branches[branch[i, j]]` with `argument[i, j]`, j = 0, 1, ..., on every image i."""
-
-    def one(decision: tuple[Array, Array, Array]) -> Array:
-        def layer(image: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
-            return jax.lax.switch(step[0], branches, image, step[1]), None
-
-        return jax.lax.scan(layer, decision[0], decision[1:])[0]
-
-    # A switch over one image runs one branch; under vmap it runs all of them, which on a CPU is
-    # some eighty times the work, but what an accelerator does well.
-    loop = jax.lax.map if jax.default_backend() == "cpu" else lambda f, xs: jax.vmap(f)(xs)
-    return loop(one, (image, branch, argument))
