@@ -21,13 +21,17 @@ class Augmentation:
     Attributes:
         sample: `(key, batch) -> plan` makes all the random decisions.
         apply: `(plan, batch) -> batch` carries them out; it is deterministic.
+        direct: `(key, batch) -> batch` does both, where that is less work than the two halves.
     """
 
     sample: Callable[[Key, Batch], Plan]
     apply: Callable[[Plan, Batch], Batch]
+    direct: Callable[[Key, Batch], Batch] | None = None
 
     def __call__(self, key: Key, batch: Batch) -> Batch:
         """Decides with `key` and applies the decision to `batch`."""
+        if self.direct is not None:
+            return self.direct(key, batch)
         return self.apply(self.sample(key, batch), batch)
 
 
@@ -150,7 +154,8 @@ def chain(*augs: Augmentation) -> Augmentation:
     """Applies augmentations one after the other, each with its own key.
 
     `sample` carries the batch through the parts, since a later part may look at the pixels that
-    an earlier one made; under `jit` the compiler drops what no decision depends on.
+    an earlier one made; under `jit` the compiler drops what no decision depends on. A call decides
+    and applies each part once.
 
     Args:
         *augs: the parts; none of them is the identity.
@@ -176,7 +181,12 @@ def chain(*augs: Augmentation) -> Augmentation:
             batch = aug.apply(plan[str(i)], batch)
         return batch
 
-    return Augmentation(sample, apply)
+    def direct(key: Key, batch: Batch) -> Batch:
+        for i, aug in enumerate(augs):
+            batch = aug(jax.random.fold_in(key, i), batch)
+        return batch
+
+    return Augmentation(sample, apply, direct)
 
 
 def one_of(
