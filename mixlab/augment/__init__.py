@@ -14,6 +14,7 @@ from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes
 from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
 from mixlab.augment.fourier import fmix, fmix_mask
 from mixlab.augment.mixing import cutmix, label_smoothing, mixup, resizemix
+from mixlab.augment.mosaic import jigsaw, mosaic
 from mixlab.augment.policies import randaugment, randaugment_arguments
 
 CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
@@ -23,8 +24,10 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         cutmix,
         fmix,
         identity,
+        jigsaw,
         label_smoothing,
         mixup,
+        mosaic,
         normalize,
         one_of,
         randaugment,
@@ -72,8 +75,10 @@ __all__ = [
     "fmix",
     "fmix_mask",
     "identity",
+    "jigsaw",
     "label_smoothing",
     "mixup",
+    "mosaic",
     "normalize",
     "one_of",
     "ops",

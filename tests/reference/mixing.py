@@ -196,3 +196,34 @@ def normalize(image, mean, std):
     """`(x - mean) / std` a channel, uint8 scaled to [0, 1] first."""
     scale = 255 if image.dtype == np.uint8 else 1
     return (image.astype(np.float64) / scale - np.asarray(mean)) / np.asarray(std)
+
+
+def mosaic(images, labels, partners, corners):
+    """Cuts windows [H, W] at `corners` from canvases of own, right, lower, diagonal [B, 3]."""
+    out, mixed = images.copy(), labels.astype(np.float64)
+    height, width = images.shape[1:3]
+    for i, (top, left) in enumerate(corners):
+        right, below, diagonal = images[partners[i]]
+        canvas = np.vstack([np.hstack([images[i], right]), np.hstack([below, diagonal])])
+        out[i] = canvas[top : top + height, left : left + width]
+        four = np.stack([labels[i], *labels[partners[i]]])
+        counts = [
+            (height - top) * (width - left),
+            (height - top) * left,
+            top * (width - left),
+            top * left,
+        ]
+        mixed[i] = np.array(counts) @ four / (height * width)
+    return out, mixed
+
+
+def jigsaw(image, rows, columns, order):
+    """Place k, counted row by row, gets the tile `order[k]`."""
+    height, width = image.shape[0] // rows, image.shape[1] // columns
+    out = np.empty_like(image)
+    for place, tile in enumerate(order):
+        (r, c), (y, x) = divmod(place, columns), divmod(tile, columns)
+        out[r * height : (r + 1) * height, c * width : (c + 1) * width] = image[
+            y * height : (y + 1) * height, x * width : (x + 1) * width
+        ]
+    return out

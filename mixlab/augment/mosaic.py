@@ -1,0 +1,156 @@
+"""Pictures put together from tiles: mosaics of several images, and jigsaws of one."""
+
+import jax
+import jax.numpy as jnp
+
+from mixlab.augment.core import (
+    Augmentation,
+    along_batch,
+    check_probability,
+    image_of,
+    soft_label_of,
+    working_dtype,
+)
+from mixlab.types import Array, Batch, Key, Plan
+
+
+def mosaic(
+    start: tuple[float, float] = (0.3, 0.7), *, prob: float = 1.0, per_batch: bool = False
+) -> Augmentation:
+    """Mosaic: a window onto four examples that stand two by two, labels mixed by area.
+
+    The example itself stands top left, its partners to the right, below, and diagonally. A window
+    of the size of one image is cut from the four; its top left corner lies at a share of height and
+    width drawn from `start`, independently. In the manner of kornia `RandomMosaic` with its 2 x 2
+    grid, where the first partner stands below and no labels are mixed.
+
+    Args:
+        start: range of the two shares, within [0, 1].
+        prob: probability that an example (the batch, if `per_batch`) becomes a mosaic.
+        per_batch: one window for the whole batch instead of one an example.
+
+    Returns:
+        An augmentation of images [B, H, W, C] with the plan `partner` int32 [B, 3]; `corner` int32
+        [B, 2], top and left of the window; `lam` float32 [B], the example's own share of the
+        area; `use` bool [B]. `apply` takes the weights of the labels from `corner`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: Bochkovskiy et al., "YOLOv4", 2020, section 3.3.
+    """
+    check_probability("prob", prob)
+    if len(start) != 2 or not 0.0 <= start[0] <= start[1] <= 1.0:
+        raise ValueError(f"start is a pair 0 <= min <= max <= 1, got {start!r}")
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        image = image_of(batch)
+        size, height, width, _ = image.shape
+        draws = 1 if per_batch else size
+        partner_key, corner_key, use_key = jax.random.split(key, 3)
+        keys = jax.random.split(partner_key, 3)
+        partner = jnp.stack([jax.random.permutation(k, size) for k in keys], axis=1)
+        share = jax.random.uniform(corner_key, (draws, 2), minval=start[0], maxval=start[1])
+        length = jnp.asarray([height, width], jnp.float32)
+        corner = jnp.broadcast_to(jnp.floor(share * length).astype(jnp.int32), (size, 2))
+        use = jax.random.uniform(use_key, (draws,)) < prob
+        return {
+            "partner": partner.astype(jnp.int32),
+            "corner": corner,
+            "lam": _shares(corner, height, width)[:, 0],
+            "use": jnp.broadcast_to(use, (size,)),
+        }
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        image, label = image_of(batch), soft_label_of(batch)
+        size, height, width, _ = image.shape
+        use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
+        corner = jnp.broadcast_to(jnp.asarray(plan["corner"], jnp.int32), (size, 2))
+        corner = jnp.where(use[:, None], corner, 0)
+        own = jnp.arange(size, dtype=jnp.int32)[:, None]
+        members = jnp.concatenate([own, jnp.asarray(plan["partner"], jnp.int32)], axis=1)
+        row = corner[:, :1] + jnp.arange(height, dtype=jnp.int32)
+        column = corner[:, 1:] + jnp.arange(width, dtype=jnp.int32)
+        lower, further = (row >= height)[:, :, None], (column >= width)[:, None, :]
+        tile = 2 * lower.astype(jnp.int32) + further.astype(jnp.int32)
+        source = jnp.take_along_axis(members, tile.reshape(size, -1), axis=1).reshape(tile.shape)
+        batch = {
+            **batch,
+            "image": image[source, (row % height)[:, :, None], (column % width)[:, None, :]],
+        }
+        if label is not None:
+            weights = _shares(corner, height, width).astype(working_dtype(label.dtype))
+            labels = label[members].astype(weights.dtype)
+            batch["label"] = jnp.sum(weights[..., None] * labels, axis=1).astype(label.dtype)
+        return batch
+
+    return Augmentation(sample, apply)
+
+
+def _shares(corner: Array, height: int, width: int) -> Array:
+    """The areas of the four tiles in the window at `corner` [B, 2], float32 [B, 4]."""
+    down = corner[:, 0].astype(jnp.float32) / height
+    right = corner[:, 1].astype(jnp.float32) / width
+    return jnp.stack(
+        [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], axis=1
+    )
+
+
+def jigsaw(grid: int | tuple[int, int] = 4, *, prob: float = 1.0) -> Augmentation:
+    """Jigsaw: cuts every image into tiles and puts them back in a random order.
+
+    Its kind is kornia's `RandomJigsaw`; labels stay.
+
+    Args:
+        grid: tiles along height and width, one number for both or a pair.
+        prob: probability for each example.
+
+    Returns:
+        An augmentation of images [B, H, W, C] with the plan `order` int32 [B, tiles], which tile
+        comes to each place, row by row, and `use` bool [B].
+
+    Raises:
+        ValueError: an argument is out of its range, or (when applied) the tiles do not divide the
+            image.
+
+    Source: Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw
+    Puzzles", ECCV 2016, section 3.
+    """
+    check_probability("prob", prob)
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    if min(rows, columns) < 1:
+        raise ValueError(f"grid is one positive number or a pair, got {grid!r}")
+
+    def checked(batch: Batch) -> Array:
+        image = image_of(batch)
+        if image.shape[1] % rows or image.shape[2] % columns:
+            raise ValueError(
+                f"a jigsaw of {rows} x {columns} tiles does not divide an image of "
+                f"{image.shape[1]} x {image.shape[2]}; change grid, or resize the image"
+            )
+        return image
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        size = checked(batch).shape[0]
+        order_key, use_key = jax.random.split(key)
+        tiles = jnp.broadcast_to(
+            jnp.arange(rows * columns, dtype=jnp.int32), (size, rows * columns)
+        )
+        return {
+            "order": jax.random.permutation(order_key, tiles, axis=1, independent=True),
+            "use": jax.random.uniform(use_key, (size,)) < prob,
+        }
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        image = checked(batch)
+        size, height, width, channels = image.shape
+        tile = (height // rows, width // columns)
+        tiles = image.reshape(size, rows, tile[0], columns, tile[1], channels).swapaxes(2, 3)
+        tiles = tiles.reshape(size, rows * columns, -1)
+        order = jnp.asarray(plan["order"], jnp.int32)[:, :, None]
+        tiles = jnp.take_along_axis(tiles, order, axis=1, mode="promise_in_bounds")
+        tiles = tiles.reshape(size, rows, columns, *tile, channels).swapaxes(2, 3)
+        use = along_batch(jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,)), image)
+        return {**batch, "image": jnp.where(use, tiles.reshape(image.shape), image)}
+
+    return Augmentation(sample, apply)
