@@ -15,7 +15,7 @@ from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
 from mixlab.augment.fourier import fmix, fmix_mask
 from mixlab.augment.mixing import cutmix, label_smoothing, mixup, resizemix
 from mixlab.augment.mosaic import jigsaw, mosaic
-from mixlab.augment.policies import randaugment, randaugment_arguments
+from mixlab.augment.policies import randaugment, randaugment_arguments, trivialaugment
 
 CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
     fn.__name__: fn
@@ -36,6 +36,7 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         resizemix,
         sometimes,
         to_float,
+        trivialaugment,
         views,
     )
 }
@@ -90,5 +91,6 @@ __all__ = [
     "resizemix",
     "sometimes",
     "to_float",
+    "trivialaugment",
     "views",
 ]

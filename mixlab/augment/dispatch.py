@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from mixlab.types import Array
+from mixlab.types import Array, PyTree
 
 
 def run_each(
-    branches: Sequence[Callable[[Array, Array], Array]],
+    branches: Sequence[Callable[[Array, PyTree], Array]],
     image: Array,
     branch: Array,
-    argument: Array,
+    argument: PyTree,
 ) -> Array:
     """Runs `branches[branch[i, j]]` with `argument[i, j]`, j = 0, 1, ..., on every image i.
 
@@ -19,14 +19,14 @@ def run_each(
         branches: `(image [H, W, C], argument) -> image` of the same shape and dtype.
         image: [B, H, W, C].
         branch: int32 [B, n], which branch each image goes through, n in a row.
-        argument: float32 [B, n], what the branch is given.
+        argument: what the branch is given: leaves [B, n, ...].
 
     Returns:
         [B, H, W, C], in the dtype of `image`.
     """
 
-    def one(decision: tuple[Array, Array, Array]) -> Array:
-        def layer(image: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
+    def one(decision: tuple[Array, Array, PyTree]) -> Array:
+        def layer(image: Array, step: tuple[Array, PyTree]) -> tuple[Array, None]:
             return jax.lax.switch(step[0], branches, image, step[1]), None
 
         return jax.lax.scan(layer, decision[0], decision[1:])[0]

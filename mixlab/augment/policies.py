@@ -1,145 +1,95 @@
-"""Policies that draw image ops and their strength: RandAugment in its dialects."""
+"""Policies of one strength for all ops: RandAugment in its dialects, TrivialAugment."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment import ops
 from mixlab.augment.core import Augmentation, check_probability, image_of
-from mixlab.augment.dispatch import run_each
-from mixlab.augment.geometric import Fill, check_sampling
+from mixlab.augment.geometric import Fill
+from mixlab.augment.spaces import Space, google_rules, timm_rules, torchvision_rules, without
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Batch, Key, Plan
 
-Part = Callable[[float], Array]
-"""`part(x)` is the share of x that the magnitude amounts to."""
+Draw = Callable[[Key, int], Plan]
+"""`draw(key, n)`: `op` int32 [n, ops in a row], `strength` and `prob`, which broadcast to it, and
+whatever else the plan shall have."""
 
-
-class _Op(NamedTuple):
-    """An op of a policy: its name, what it does, and how strength and sign become its argument."""
-
-    name: str
-    run: Callable[[Array, Array], Array]
-    argument: Callable[[Part, Array, tuple[int, int]], Array] = lambda part, sign, size: 0.0 * sign
-
-
-def _signed(largest: float) -> Callable[[Part, Array, tuple[int, int]], Array]:
-    return lambda part, sign, size: sign * part(largest)
-
-
-def _geometric(
-    interpolation: str, fill: Fill, dialect: str
-) -> dict[str, Callable[[Array, Array], Array]]:
-    def run(name: str) -> Callable[[Array, Array], Array]:
-        op = getattr(ops, name)
-        return lambda image, argument: op(
-            image, argument, interpolation=interpolation, fill=fill, dialect=dialect
-        )
-
-    return {
-        name: run(name) for name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-    }
-
-
-def _identity(image: Array, argument: Array) -> Array:
-    del argument
-    return image
-
-
-def _torchvision(interpolation: str, fill: Fill) -> tuple[_Op, ...]:
-    geometric = _geometric(interpolation, fill, "torchvision")
-
-    def factor(part: Part, sign: Array, size: tuple[int, int]) -> Array:
-        del size
-        return 1.0 + sign * part(0.9)
-
-    def pixels(axis: int) -> Callable[[Part, Array, tuple[int, int]], Array]:
-        return lambda part, sign, size: sign * jnp.trunc(part(150.0 / 331.0 * size[axis]))
-
-    return (
-        _Op("identity", _identity),
-        _Op("shear_x", geometric["shear_x"], _signed(0.3)),
-        _Op("shear_y", geometric["shear_y"], _signed(0.3)),
-        _Op("translate_x", geometric["translate_x"], pixels(1)),
-        _Op("translate_y", geometric["translate_y"], pixels(0)),
-        _Op("rotate", geometric["rotate"], _signed(30.0)),
-        _Op("brightness", ops.brightness, factor),
-        _Op("color", ops.color, factor),
-        _Op("contrast", ops.contrast, factor),
-        _Op("sharpness", ops.sharpness, factor),
-        _Op("posterize", ops.posterize, lambda part, sign, size: 8.0 - jnp.round(part(4.0))),
-        _Op("solarize", ops.solarize, lambda part, sign, size: 255.0 - part(255.0)),
-        _Op("autocontrast", lambda image, argument: ops.autocontrast(image)),
-        _Op("equalize", lambda image, argument: ops.equalize(image)),
-    )
-
-
-def _timm(interpolation: str, fill: Fill, increasing: bool) -> tuple[_Op, ...]:
-    geometric = _geometric(interpolation, fill, "pil")
-
-    def factor(part: Part, sign: Array, size: tuple[int, int]) -> Array:
-        del size
-        return jnp.maximum(0.1, 1.0 + sign * part(0.9)) if increasing else 0.1 + part(1.8)
-
-    def bits(part: Part, sign: Array, size: tuple[int, int]) -> Array:
-        del sign, size
-        kept = jnp.floor(part(4.0))
-        return 4.0 - kept if increasing else kept
-
-    def threshold(part: Part, sign: Array, size: tuple[int, int]) -> Array:
-        del sign, size
-        level = jnp.minimum(jnp.floor(part(256.0)), 256.0)
-        return 256.0 - level if increasing else level
-
-    def pixels(axis: int) -> Callable[[Part, Array, tuple[int, int]], Array]:
-        return lambda part, sign, size: sign * part(0.45) * size[axis]
-
-    def addition(part: Part, sign: Array, size: tuple[int, int]) -> Array:
-        del sign, size
-        return jnp.minimum(jnp.floor(part(110.0)), 128.0)
-
-    return (
-        _Op("autocontrast", lambda image, argument: ops.autocontrast(image)),
-        _Op("equalize", lambda image, argument: ops.equalize(image)),
-        _Op("invert", lambda image, argument: ops.invert(image)),
-        _Op("rotate", geometric["rotate"], _signed(30.0)),
-        _Op("posterize", ops.posterize, bits),
-        _Op("solarize", ops.solarize, threshold),
-        _Op("solarize_add", ops.solarize_add, addition),
-        _Op("color", ops.color, factor),
-        _Op("contrast", ops.contrast, factor),
-        _Op("brightness", ops.brightness, factor),
-        _Op("sharpness", ops.sharpness, factor),
-        _Op("shear_x", geometric["shear_x"], _signed(0.3)),
-        _Op("shear_y", geometric["shear_y"], _signed(0.3)),
-        _Op("translate_x", geometric["translate_x"], pixels(1)),
-        _Op("translate_y", geometric["translate_y"], pixels(0)),
-    )
-
-
-class _Dialect(NamedTuple):
-    build: Callable[[str, Fill], tuple[_Op, ...]]
-    top: int
-    """The magnitude of full strength: the last of 31 bins, or timm's level 10."""
-    prob: float
-    interpolation: str
-    fill: Fill
-
-
-_DIALECTS = {
-    "torchvision": _Dialect(_torchvision, 30, 1.0, "nearest", 0),
-    "timm": _Dialect(lambda i, f: _timm(i, f, False), 10, 0.5, "bilinear", 128),
-    "timm_increasing": _Dialect(lambda i, f: _timm(i, f, True), 10, 0.5, "bilinear", 128),
+RANDAUGMENT = {
+    "google": Space(google_rules(translate=100.0, cutout=40.0), 10.0, "google", "nearest", 128),
+    "timm": Space(timm_rules(increasing=False, bits="decreasing"), 10.0, "pil", "random", 128),
+    "timm_increasing": Space(
+        timm_rules(increasing=True, bits="increasing"), 10.0, "pil", "random", 128
+    ),
+    "torchvision": Space(without(torchvision_rules(), "invert"), 30.0, "torchvision", "nearest", 0),
 }
+"""The spaces of RandAugment by dialect."""
+
+WIDE = Space(
+    without(
+        torchvision_rules(
+            shear=0.99, rotate=135.0, enhance=0.99, bits=(8, 2), reach=lambda length: 32.0
+        ),
+        "invert",
+    ),
+    30.0,
+    "torchvision",
+    "nearest",
+    0,
+)
+"""The space of TrivialAugment."""
 
 
-def _dialect(name: str) -> _Dialect:
-    if name not in _DIALECTS:
-        raise ValueError(f"unknown RandAugment dialect {name!r}; {nearest(str(name), _DIALECTS)}")
-    return _DIALECTS[name]
+def policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
+    """An augmentation that puts every image through a few ops of a space, one after the other.
+
+    Args:
+        space: the ops.
+        draw: which of them, how strong, and with what probability.
+        per_batch: one draw for the whole batch instead of one an example.
+    """
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        image = image_of(batch)
+        draw_key, use_key, space_key = jax.random.split(key, 3)
+        plan = draw(draw_key, 1 if per_batch else image.shape[0])
+        op, strength, prob = plan.pop("op"), plan.pop("strength"), plan.pop("prob")
+        strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32), op.shape)
+        plan |= space.decide(space_key, op, strength, (image.shape[1], image.shape[2]))
+        plan["use"] = jax.random.uniform(use_key, op.shape) < jnp.asarray(prob, jnp.float32)
+        return {
+            name: jnp.broadcast_to(x, (image.shape[0], *x.shape[1:])) for name, x in plan.items()
+        }
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        return {**batch, "image": space.run(plan, image_of(batch))}
+
+    return Augmentation(sample, apply)
+
+
+def spread(
+    key: Key, magnitude: ArrayLike, deviation: float, bound: float, shape: tuple[int, ...]
+) -> Array:
+    """Strengths around `magnitude`, clipped to 0..bound; an infinite deviation: U(0, magnitude)."""
+    level = jnp.broadcast_to(jnp.asarray(magnitude, jnp.float32), shape)
+    if deviation == np.inf:
+        level = level * jax.random.uniform(key, shape, jnp.float32)
+    elif deviation > 0.0:
+        level = level + deviation * jax.random.normal(key, shape, jnp.float32)
+    return jnp.clip(level, 0.0, bound)
+
+
+def check_deviation(deviation: float) -> None:
+    """Raises a `ValueError` unless `deviation` is a number >= 0, infinity included."""
+    if not deviation >= 0.0:
+        raise ValueError(f"magnitude_std must be >= 0, got {deviation}")
+
+
+def _dialect(name: str) -> Space:
+    if name not in RANDAUGMENT:
+        raise ValueError(f"unknown RandAugment dialect {name!r}; {nearest(str(name), RANDAUGMENT)}")
+    return RANDAUGMENT[name]
 
 
 def randaugment_arguments(
@@ -148,8 +98,8 @@ def randaugment_arguments(
     """What each op of a dialect is given at a magnitude: its table of magnitudes.
 
     Args:
-        dialect: `"torchvision"`, `"timm"` or `"timm_increasing"`.
-        magnitude: any shape, in 0..30 (torchvision's bins) or 0..10 (timm).
+        dialect: `"torchvision"`, `"timm"`, `"timm_increasing"` or `"google"`.
+        magnitude: any shape, in 0..30 (torchvision's bins) or from 0 to 10 or more (the others).
         sign: 1 or -1, of the same shape; ops without direction do not use it.
         size: height and width of the images.
 
@@ -160,27 +110,18 @@ def randaugment_arguments(
     Raises:
         ValueError: the dialect is unknown.
     """
-    chosen = _dialect(dialect)
-    magnitude = jnp.asarray(magnitude, jnp.float32)
-    sign = jnp.asarray(sign, jnp.float32)
-
-    def part(largest: float) -> Array:
-        # Multiplied first: whole magnitudes then give whole levels without an error.
-        return magnitude * largest / float(chosen.top)
-
-    return {
-        op.name: jnp.broadcast_to(op.argument(part, sign, size), magnitude.shape)
-        for op in chosen.build(chosen.interpolation, chosen.fill)
-    }
+    return _dialect(dialect).arguments(magnitude, sign, size)
 
 
 def randaugment(
     num_ops: int = 2,
-    magnitude: float = 9,
+    magnitude: ArrayLike = 9,
     *,
     dialect: str = "torchvision",
     magnitude_std: float = 0.0,
+    magnitude_max: float | None = None,
     prob: float | None = None,
+    weights: Mapping[str, float] | None = None,
     interpolation: str | None = None,
     fill: Fill | None = None,
     per_batch: bool = False,
@@ -193,20 +134,31 @@ def randaugment(
     | dialect | ops | magnitude | per op | interpolation | fill |
     |---|---|---|---|---|---|
     | `torchvision` | 14, identity among them | bin 0..30 | always | nearest | 0 |
-    | `timm` | 15, invert and solarize_add among them | 0..10 | probability 1/2 | bilinear | 128 |
-    | `timm_increasing` | the same, stronger with the magnitude | 0..10 | 1/2 | bilinear | 128 |
+    | `timm` | 15, invert and solarize_add among them | 0..10 | probability 1/2 | random | 128 |
+    | `timm_increasing` | the same, stronger with the magnitude | 0..10 | 1/2 | random | 128 |
+    | `google` | those of `timm` and cutout | 0..30, in tenths | always | nearest | 128 |
 
-    timm draws bilinear or bicubic by a coin at every op; here one of them is used throughout.
+    Of the first three, `randaugment` differs from the references in nothing but the random numbers;
+    posterize to 0 bits, which Pillow 13 refuses, is black. `google` follows TensorFlow's 8-bit
+    arithmetic, in which solarize at magnitude 10 inverts everything; but 0 bits are black there,
+    too (TensorFlow 2.21 keeps one), and autocontrast, color and sharpness may differ by one level.
 
     Args:
         num_ops: ops one after the other.
-        magnitude: strength on the scale of the dialect.
+        magnitude: strength on the scale of the dialect; a traced number, such as a schedule's
+            value inside a compiled step, is clipped to the scale.
         dialect: whose ops and tables: see above.
         magnitude_std: standard deviation of a normal law around `magnitude` from which every op's
-            strength is drawn, clipped to 0..10 (timm's `mstd`); only for the timm dialects.
+            strength is drawn (timm's `mstd`), or infinity for the uniform law on 0..magnitude;
+            only for the timm dialects.
+        magnitude_max: the strongest that a drawn strength may be, 10 by default (timm's `mmax`);
+            only for the timm dialects.
         prob: probability of each op; None takes the dialect's.
-        interpolation: of the geometric ops, `"nearest"`, `"bilinear"` or, for timm, `"bicubic"`;
-            None takes the dialect's.
+        weights: relative probabilities of the ops by their names in `augment.ops`; the others are
+            never drawn. Draws are then without replacement, as in timm.
+        interpolation: of the geometric ops, `"nearest"`, `"bilinear"` or, for timm, `"bicubic"` or
+            `"random"` (bilinear or bicubic by a coin at every op, as there); None takes the
+            dialect's.
         fill: colour outside the image on the scale 0..255, one number or one a channel; None takes
             the dialect's.
         per_batch: the same ops for the whole batch instead of one draw an example.
@@ -214,60 +166,122 @@ def randaugment(
     Returns:
         An augmentation of images [B, H, W, C] with the plan `op` int32 [B, num_ops], an index into
         `randaugment_arguments(dialect, ...)`; `argument` float32 [B, num_ops], what the op is
-        given, with its sign; `use` bool [B, num_ops].
+        given, with its sign; `use` bool [B, num_ops]; with random interpolation `bicubic` bool
+        [B, num_ops]; with cutout `center` int32 [B, num_ops, 2], its row and column.
 
     Raises:
         ValueError: an argument is out of its range or unknown to the dialect.
 
     Source: Cubuk et al., "RandAugment", 2020, section 3; torchvision v2 `RandAugment`, timm
-    `rand_augment_transform`.
+    `rand_augment_transform`, big_vision `distort_image_with_randaugment`.
     """
-    chosen = _dialect(dialect)
+    space = _dialect(dialect).sampled(interpolation, fill)
+    timm = dialect.startswith("timm")
+    check_deviation(magnitude_std)
+    if not timm and (magnitude_std or magnitude_max is not None):
+        raise ValueError(
+            f"the dialect {dialect!r} takes a magnitude without spread and bound, got "
+            f"magnitude_std={magnitude_std}, magnitude_max={magnitude_max}; the timm dialects do"
+        )
+    if magnitude_max is not None and not 0 < magnitude_max < np.inf:
+        raise ValueError(f"magnitude_max must be positive, got {magnitude_max}")
+    bound = 30.0 if not timm else 10.0 if magnitude_max is None else magnitude_max
+    if not isinstance(magnitude, jax.core.Tracer):
+        magnitude = float(magnitude)
+        if not 0 <= magnitude <= bound:
+            raise ValueError(
+                f"magnitude lies in 0..{bound:g} in the dialect {dialect!r}, got {magnitude:g}"
+            )
+        if dialect == "torchvision" and magnitude != int(magnitude):
+            raise ValueError(
+                "magnitude is the index of a bin in the dialect 'torchvision', a whole number, got "
+                f"{magnitude:g}; the timm dialects take fractions"
+            )
+    if prob is None:
+        prob = 0.5 if timm else 1.0
+
+    def strength(key: Key, shape: tuple[int, ...]) -> Array:
+        return spread(key, magnitude, magnitude_std, bound, shape)
+
+    return random_ops(space, num_ops, strength, prob=prob, weights=weights, per_batch=per_batch)
+
+
+def random_ops(
+    space: Space,
+    num_ops: int,
+    strength: Callable[[Key, tuple[int, ...]], Array],
+    *,
+    prob: float = 1.0,
+    weights: Mapping[str, float] | None = None,
+    per_batch: bool = False,
+) -> Augmentation:
+    """Ops of a space one after the other, drawn uniformly or, without replacement, by weight.
+
+    Args:
+        space: the ops.
+        num_ops: how many of them each image goes through.
+        strength: `(key, shape) -> strength of each op`.
+        prob: probability of each op.
+        weights: relative probabilities by name, see `randaugment`.
+        per_batch: the same ops for the whole batch.
+
+    Raises:
+        ValueError: an argument is out of its range, or a weight is for an op that is not there.
+    """
     if num_ops < 1 or num_ops != int(num_ops):
         raise ValueError(f"num_ops is a whole number of at least 1, got {num_ops}")
-    if not 0 <= magnitude <= chosen.top:
-        raise ValueError(
-            f"magnitude lies in 0..{chosen.top} in the dialect {dialect!r}, got {magnitude}"
-        )
-    if not 0.0 <= magnitude_std < np.inf:
-        raise ValueError(f"magnitude_std must be finite and >= 0, got {magnitude_std}")
-    if dialect == "torchvision" and (magnitude_std or magnitude != int(magnitude)):
-        raise ValueError(
-            "the dialect 'torchvision' takes a whole magnitude without spread, got "
-            f"magnitude={magnitude}, magnitude_std={magnitude_std}; the timm dialects take both"
-        )
-    prob = chosen.prob if prob is None else prob
     check_probability("prob", prob)
-    interpolation = chosen.interpolation if interpolation is None else interpolation
-    check_sampling(interpolation, "torchvision" if dialect == "torchvision" else "pil")
-    table = chosen.build(interpolation, chosen.fill if fill is None else fill)
-    branches = [_identity, *(op.run for op in table)]
+    names = list(space.rules)
+    shares = np.ones(len(names), np.float32)
+    if weights is not None:
+        for name in weights:
+            if name not in names:
+                raise ValueError(f"weights has an unknown op {name!r}; {nearest(name, names)}")
+        shares = np.array([weights.get(name, 0.0) for name in names], np.float32)
+        if not np.all((shares >= 0) & (shares < np.inf)) or np.sum(shares > 0) < num_ops:
+            raise ValueError(
+                f"weights must be non-negative numbers, at least num_ops={num_ops} of them "
+                f"positive since ops are drawn without replacement, got {dict(weights)}"
+            )
 
-    def sample(key: Key, batch: Batch) -> Plan:
-        image = image_of(batch)
-        shape = (1 if per_batch else image.shape[0], num_ops)
-        op_key, sign_key, use_key, level_key = jax.random.split(key, 4)
-        op = jax.random.randint(op_key, shape, 0, len(table), jnp.int32)
-        sign = jnp.where(jax.random.uniform(sign_key, shape) < 0.5, -1.0, 1.0)
-        level = jnp.full(shape, magnitude, jnp.float32)
-        if magnitude_std > 0.0:
-            spread = magnitude_std * jax.random.normal(level_key, shape, jnp.float32)
-            level = jnp.clip(level + spread, 0.0, float(chosen.top))
-        size = (image.shape[1], image.shape[2])
-        arguments = randaugment_arguments(dialect, level, sign, size)
-        stacked = jnp.stack(list(arguments.values()), axis=-1)
-        plan = {
-            "op": op,
-            "argument": jnp.take_along_axis(stacked, op[..., None], axis=-1)[..., 0],
-            "use": jax.random.uniform(use_key, shape) < prob,
-        }
-        full = (image.shape[0], num_ops)
-        return {name: jnp.broadcast_to(x, full) for name, x in plan.items()}
+    def draw(key: Key, n: int) -> Plan:
+        op_key, level_key = jax.random.split(key)
+        if weights is None:
+            op = jax.random.randint(op_key, (n, num_ops), 0, len(names), jnp.int32)
+        else:
+            # The highest of these scores, in their order, are a weighted draw without replacement.
+            noise = jax.random.gumbel(op_key, (n, len(names)), jnp.float32)
+            op = jax.lax.top_k(jnp.log(jnp.asarray(shares)) + noise, num_ops)[1].astype(jnp.int32)
+        return {"op": op, "strength": strength(level_key, op.shape), "prob": prob}
 
-    def apply(plan: Plan, batch: Batch) -> Batch:
-        image = image_of(batch)
-        op, argument = jnp.asarray(plan["op"]), jnp.asarray(plan["argument"], jnp.float32)
-        branch = jnp.where(jnp.asarray(plan.get("use", True)), op + 1, 0)
-        return {**batch, "image": run_each(branches, image, branch, argument)}
+    return policy(space, draw, per_batch=per_batch)
 
-    return Augmentation(sample, apply)
+
+def trivialaugment(
+    *, interpolation: str = "nearest", fill: Fill = 0, per_batch: bool = False
+) -> Augmentation:
+    """TrivialAugment in its wide form: one random op of a random strength.
+
+    The op is one of the 14 of `randaugment`'s dialect `torchvision`, with its own, wider table:
+    shears up to 0.99, translations up to 32 pixels, rotations up to 135 degrees, factors from 0.01
+    to 1.99, posterize down to 2 bits. The strength is one of 31 bins. Equals torchvision v2
+    `TrivialAugmentWide` in everything but the random numbers.
+
+    Args:
+        interpolation: of the geometric ops, `"nearest"` or `"bilinear"`.
+        fill: colour outside the image on the scale 0..255, one number or one a channel.
+        per_batch: the same op for the whole batch instead of one draw an example.
+
+    Returns:
+        An augmentation of images [B, H, W, C] with the plan of `randaugment`, for one op.
+
+    Raises:
+        ValueError: the interpolation is unknown.
+
+    Source: Müller and Hutter, "TrivialAugment", 2021, section 3 and table 1.
+    """
+
+    def strength(key: Key, shape: tuple[int, ...]) -> Array:
+        return jax.random.randint(key, shape, 0, 31, jnp.int32).astype(jnp.float32)
+
+    return random_ops(WIDE.sampled(interpolation, fill), 1, strength, per_batch=per_batch)

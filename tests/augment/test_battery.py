@@ -30,6 +30,7 @@ ROWS = {
     "resizemix": "resizemix(interpolation='bilinear')",
     "sometimes": "sometimes(0.5, mixup(alpha=1.0))",
     "to_float": "to_float",
+    "trivialaugment": "trivialaugment",
     "views": "views(2, random_flip)",
 }
 RESHAPES = {"random_crop", "views"}
