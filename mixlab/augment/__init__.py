@@ -10,16 +10,27 @@ from collections.abc import Callable
 
 from mixlab import spec
 from mixlab.augment import ops
+from mixlab.augment.augmix import augmix
+from mixlab.augment.autoaugment import autoaugment
 from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes, views
 from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
 from mixlab.augment.fourier import fmix, fmix_mask
+from mixlab.augment.losses import jensen_shannon, jsd_loss
 from mixlab.augment.mixing import cutmix, label_smoothing, mixup, resizemix
 from mixlab.augment.mosaic import jigsaw, mosaic
-from mixlab.augment.policies import randaugment, randaugment_arguments, trivialaugment
+from mixlab.augment.policies import (
+    randaugment,
+    randaugment_arguments,
+    three_augment,
+    trivialaugment,
+)
+from mixlab.augment.timm import as_calls, timm
 
 CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
     fn.__name__: fn
     for fn in (
+        augmix,
+        autoaugment,
         chain,
         cutmix,
         fmix,
@@ -35,6 +46,8 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         random_flip,
         resizemix,
         sometimes,
+        three_augment,
+        timm,
         to_float,
         trivialaugment,
         views,
@@ -47,7 +60,8 @@ def parse(text: str | Augmentation) -> Augmentation:
     """The augmentation that a text describes: `"randaugment() | one_of(mixup(), cutmix())"`.
 
     Args:
-        text: calls of `CONSTRUCTORS` with literal arguments, joined by `|` to a chain. An empty
+        text: calls of `CONSTRUCTORS` with literal arguments, joined by `|` to a chain. timm's
+            strings may stand for calls: `"rand-m9-mstd0.5-inc1 | mixup"`, see `timm`. An empty
             text is the identity. An `Augmentation` is returned as it is.
 
     Raises:
@@ -62,7 +76,7 @@ def parse(text: str | Augmentation) -> Augmentation:
         raise TypeError(f"parse takes a text or an Augmentation, got {text!r}")
     if not text.strip():
         return identity()
-    aug = spec.parse(text, CONSTRUCTORS, combine=chain)
+    aug = spec.parse(as_calls(text), CONSTRUCTORS, combine=chain)
     if not isinstance(aug, Augmentation):
         raise ValueError(f"{text!r} describes no augmentation but {aug!r}; call one, as mixup()")
     return aug
@@ -71,12 +85,16 @@ def parse(text: str | Augmentation) -> Augmentation:
 __all__ = [
     "CONSTRUCTORS",
     "Augmentation",
+    "augmix",
+    "autoaugment",
     "chain",
     "cutmix",
     "fmix",
     "fmix_mask",
     "identity",
+    "jensen_shannon",
     "jigsaw",
+    "jsd_loss",
     "label_smoothing",
     "mixup",
     "mosaic",
@@ -90,6 +108,8 @@ __all__ = [
     "random_flip",
     "resizemix",
     "sometimes",
+    "three_augment",
+    "timm",
     "to_float",
     "trivialaugment",
     "views",

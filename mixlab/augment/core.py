@@ -289,12 +289,13 @@ def sometimes(p: float, aug: Augmentation, *, per_batch: bool = False) -> Augmen
     return one_of(identity(), aug, weights=(1.0 - p, p), per_batch=per_batch)
 
 
-def views(n: int, aug: Augmentation) -> Augmentation:
+def views(n: int, aug: Augmentation, *, clean: bool = False) -> Augmentation:
     """Makes `n` independent versions of every example, stacked along a new axis after the batch.
 
     Args:
         n: number of views, at least one.
         aug: drawn afresh for each view.
+        clean: the first view is the example as it is, as AugMix's loss has it.
 
     Returns:
         An augmentation after which every leaf [B, ...] is [B, n, ...], the label included; its
@@ -309,12 +310,13 @@ def views(n: int, aug: Augmentation) -> Augmentation:
         raise TypeError(f"views takes the number of views first, an int, got {n!r}")
     if n < 1:
         raise ValueError(f"views makes at least one view, got n={n}")
+    augs = [identity() if clean and i == 0 else aug for i in range(n)]
 
     def sample(key: Key, batch: Batch) -> Plan:
-        return {str(i): aug.sample(jax.random.fold_in(key, i), batch) for i in range(n)}
+        return {str(i): a.sample(jax.random.fold_in(key, i), batch) for i, a in enumerate(augs)}
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        results = [aug.apply(plan[str(i)], batch) for i in range(n)]
+        results = [a.apply(plan[str(i)], batch) for i, a in enumerate(augs)]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *results)
 
     return Augmentation(sample, apply)

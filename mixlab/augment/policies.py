@@ -1,4 +1,4 @@
-"""Policies of one strength for all ops: RandAugment in its dialects, TrivialAugment."""
+"""Policies of one strength for all ops: RandAugment in its dialects, TrivialAugment, 3-Augment."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,20 +8,32 @@ import numpy as np
 
 from mixlab.augment.core import Augmentation, check_probability, image_of
 from mixlab.augment.geometric import Fill
-from mixlab.augment.spaces import Space, google_rules, timm_rules, torchvision_rules, without
+from mixlab.augment.spaces import (
+    NOT_OF_RANDAUGMENT,
+    Space,
+    google_rules,
+    timm_rules,
+    torchvision_rules,
+    without,
+)
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Batch, Key, Plan
 
 Draw = Callable[[Key, int], Plan]
 """`draw(key, n)`: `op` int32 [n, ops in a row], `strength` and `prob`, which broadcast to it, and
-whatever else the plan shall have."""
+what else the plan shall have."""
+
+
+def _timm(increasing: bool) -> Space:
+    bits = "increasing" if increasing else "decreasing"
+    rules = without(timm_rules(increasing=increasing, bits=bits), *NOT_OF_RANDAUGMENT)
+    return Space(rules, 10.0, "pil", "random", 128)
+
 
 RANDAUGMENT = {
     "google": Space(google_rules(translate=100.0, cutout=40.0), 10.0, "google", "nearest", 128),
-    "timm": Space(timm_rules(increasing=False, bits="decreasing"), 10.0, "pil", "random", 128),
-    "timm_increasing": Space(
-        timm_rules(increasing=True, bits="increasing"), 10.0, "pil", "random", 128
-    ),
+    "timm": _timm(increasing=False),
+    "timm_increasing": _timm(increasing=True),
     "torchvision": Space(without(torchvision_rules(), "invert"), 30.0, "torchvision", "nearest", 0),
 }
 """The spaces of RandAugment by dialect."""
@@ -40,8 +52,20 @@ WIDE = Space(
 )
 """The space of TrivialAugment."""
 
+_THREE = Space(
+    {
+        "desaturate": lambda part, sign, size: 0.0 * sign,
+        "gaussian_blur": lambda part, sign, size: 0.1 + part(1.9),
+        "solarize": lambda part, sign, size: 128.0 + 0.0 * sign,
+    },
+    1.0,
+    "pil",
+    "nearest",
+    0,
+)
 
-def policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
+
+def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
     """An augmentation that puts every image through a few ops of a space, one after the other.
 
     Args:
@@ -254,7 +278,7 @@ def random_ops(
             op = jax.lax.top_k(jnp.log(jnp.asarray(shares)) + noise, num_ops)[1].astype(jnp.int32)
         return {"op": op, "strength": strength(level_key, op.shape), "prob": prob}
 
-    return policy(space, draw, per_batch=per_batch)
+    return space_policy(space, draw, per_batch=per_batch)
 
 
 def trivialaugment(
@@ -285,3 +309,22 @@ def trivialaugment(
         return jax.random.randint(key, shape, 0, 31, jnp.int32).astype(jnp.float32)
 
     return random_ops(WIDE.sampled(interpolation, fill), 1, strength, per_batch=per_batch)
+
+
+def three_augment(*, per_batch: bool = False) -> Augmentation:
+    """3-Augment: grayscale, Gaussian blur or solarize, one of the three with equal chances.
+
+    Solarize inverts the levels from 128 on, the blur's deviation is uniform on 0.1..2 pixels.
+    Equals timm's `3a` and the three of DeiT III (which has a colour jitter after them) in
+    everything but the random numbers.
+
+    Args:
+        per_batch: the same op for the whole batch instead of one draw an example.
+
+    Returns:
+        An augmentation of images [B, H, W, C] with the plan of `randaugment`, for one op: 0 is
+        grayscale, 1 the blur, whose `argument` is its deviation, 2 solarize.
+
+    Source: Touvron et al., "DeiT III", 2022, section 3.
+    """
+    return random_ops(_THREE, 1, jax.random.uniform, per_batch=per_batch)

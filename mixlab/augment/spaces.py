@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment import google, ops
+from mixlab.augment.blur import gaussian_blur
 from mixlab.augment.dispatch import run_each
 from mixlab.augment.geometric import Fill, _affine, _whole, check_sampling
 from mixlab.types import Array, ArrayLike, Key, Plan
@@ -24,6 +25,9 @@ Rule = Callable[[Part, Array, tuple[int, int]], Array]
 """`rule(part, sign, (height, width))` is the argument of an op."""
 
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+NOT_OF_RANDAUGMENT = ("desaturate", "gaussian_blur")
+"""Ops of timm that only its other policies use."""
+_OPS: dict[str, Callable[..., Array]] = {"desaturate": ops.color, "gaussian_blur": gaussian_blur}
 _WITHOUT_ARGUMENT = ("autocontrast", "equalize", "invert")
 
 
@@ -32,8 +36,9 @@ class Space:
     """Ops to draw from, how strong they are, and how their geometry is sampled.
 
     Attributes:
-        rules: the argument of each op, by its name in `augment.ops`; two more are known:
-            `identity`, and `cutout`, a square with a random centre.
+        rules: the argument of each op, by its name in `augment.ops`; three more are known:
+            `identity`, `cutout`, a square with a random centre, and `desaturate`, which is `color`
+            with the colour that is left.
         top: the strength that stands for the whole of the range; in the dialect `"torchvision"`
             strengths are the indices 0..top of bins, in others they may go beyond.
         dialect: whose conventions the geometric ops and contrast follow: `"pil"`, `"torchvision"`
@@ -164,7 +169,7 @@ class Space:
             return lambda image, given: google.cutout(
                 image, given["center"], given["argument"], self.fill
             )
-        op = getattr(ops, name)
+        op: Callable[..., Array] = _OPS[name] if name in _OPS else getattr(ops, name)
         options: dict[str, Any] = {}
         if name in GEOMETRIC:
             options = {
@@ -315,6 +320,8 @@ def timm_rules(*, increasing: bool, bits: str) -> dict[str, Rule]:
         "shear_y": _signed(0.3),
         "translate_x": pixels(1),
         "translate_y": pixels(0),
+        "desaturate": lambda part, sign, size: jnp.clip(0.5 - part(0.5), 0.0, 1.0),
+        "gaussian_blur": lambda part, sign, size: 0.1 + part(1.9),
     }
 
 
@@ -326,7 +333,7 @@ def google_rules(*, translate: float, cutout: float) -> dict[str, Rule]:
         cutout: the largest half side of the square, in pixels.
     """
     return {
-        **timm_rules(increasing=False, bits="decreasing"),
+        **without(timm_rules(increasing=False, bits="decreasing"), *NOT_OF_RANDAUGMENT),
         # Thresholds are 8-bit numbers there: 256, at full strength, is 0.
         "solarize": lambda part, sign, size: jnp.floor(part(256.0)) % 256.0,
         "solarize_add": lambda part, sign, size: jnp.floor(part(110.0)),
@@ -339,3 +346,9 @@ def google_rules(*, translate: float, cutout: float) -> dict[str, Rule]:
 def without(rules: Mapping[str, Rule], *names: str) -> dict[str, Rule]:
     """The rules but for some."""
     return {name: rule for name, rule in rules.items() if name not in names}
+
+
+def only(space: Space, *names: str) -> Space:
+    """The space with some of its ops."""
+    rules = {name: rule for name, rule in space.rules.items() if name in names}
+    return dataclasses.replace(space, rules=rules)

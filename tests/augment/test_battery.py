@@ -14,6 +14,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # The text for `augment.parse`, by constructor. `reshapes`: the image comes out in another shape;
 # `rescales`: in another range or dtype.
 ROWS = {
+    "augmix": "augmix",
+    "autoaugment": "autoaugment",
     "chain": "chain(random_flip, mixup)",
     "cutmix": "cutmix(prob=0.7)",
     "fmix": "fmix(max_soft=0.1)",
@@ -29,6 +31,8 @@ ROWS = {
     "random_flip": "random_flip",
     "resizemix": "resizemix(interpolation='bilinear')",
     "sometimes": "sometimes(0.5, mixup(alpha=1.0))",
+    "three_augment": "three_augment",
+    "timm": "timm('rand-m9-mstd0.5-inc1')",
     "to_float": "to_float",
     "trivialaugment": "trivialaugment",
     "views": "views(2, random_flip)",
