@@ -12,11 +12,14 @@ from mixlab import spec
 from mixlab.augment import ops
 from mixlab.augment.augmix import augmix
 from mixlab.augment.autoaugment import autoaugment
+from mixlab.augment.boxes import cutmix, resizemix
 from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes, views
 from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
+from mixlab.augment.erasing import cutout, random_erasing
 from mixlab.augment.fourier import fmix, fmix_mask
 from mixlab.augment.losses import jensen_shannon, jsd_loss
-from mixlab.augment.mixing import cutmix, label_smoothing, mixup, resizemix
+from mixlab.augment.masks import gridmix, smoothmix
+from mixlab.augment.mixing import label_smoothing, mixup
 from mixlab.augment.mosaic import jigsaw, mosaic
 from mixlab.augment.policies import (
     randaugment,
@@ -33,7 +36,9 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         autoaugment,
         chain,
         cutmix,
+        cutout,
         fmix,
+        gridmix,
         identity,
         jigsaw,
         label_smoothing,
@@ -43,8 +48,10 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         one_of,
         randaugment,
         random_crop,
+        random_erasing,
         random_flip,
         resizemix,
+        smoothmix,
         sometimes,
         three_augment,
         timm,
@@ -89,8 +96,10 @@ __all__ = [
     "autoaugment",
     "chain",
     "cutmix",
+    "cutout",
     "fmix",
     "fmix_mask",
+    "gridmix",
     "identity",
     "jensen_shannon",
     "jigsaw",
@@ -105,8 +114,10 @@ __all__ = [
     "randaugment",
     "randaugment_arguments",
     "random_crop",
+    "random_erasing",
     "random_flip",
     "resizemix",
+    "smoothmix",
     "sometimes",
     "three_augment",
     "timm",

@@ -190,7 +190,10 @@ def chain(*augs: Augmentation) -> Augmentation:
 
 
 def one_of(
-    *augs: Augmentation, weights: Sequence[float] | None = None, per_batch: bool = False
+    *augs: Augmentation,
+    weights: Sequence[float] | None = None,
+    per_batch: bool = False,
+    per_pair: bool = False,
 ) -> Augmentation:
     """Applies one of several augmentations, drawn for each example or once a batch.
 
@@ -201,18 +204,23 @@ def one_of(
         *augs: the alternatives.
         weights: relative probabilities, one an alternative; equal by default.
         per_batch: one draw for the whole batch.
+        per_pair: one draw for examples i and B - 1 - i, as the pairings `"pair"` and `"half"` of
+            mixing need it.
 
     Returns:
         An augmentation whose plan is `{"choice": int32 [B], or [] per batch, "0": plan, ...}`.
 
     Raises:
         TypeError: a part is no augmentation.
-        ValueError: no parts, weights that are not one non-negative number a part, or (when
-            applied) alternatives whose results differ in structure, shape or dtype.
+        ValueError: no parts, weights that are not one non-negative number a part, both per_batch
+            and per_pair, or (when applied) alternatives whose results differ in structure, shape or
+            dtype.
     """
     check_augmentations("one_of", augs)
     if not augs:
         raise ValueError("one_of needs at least one augmentation")
+    if per_batch and per_pair:
+        raise ValueError("one_of draws per_batch or per_pair, not both")
     shares = np.ones(len(augs)) if weights is None else np.asarray(weights, np.float64)
     if shares.shape != (len(augs),) or not np.all(shares >= 0) or not 0 < shares.sum() < np.inf:
         raise ValueError(
@@ -225,6 +233,8 @@ def one_of(
         size = image_of(batch, ranks=(3, 4, 5)).shape[0]
         key, choice_key = jax.random.split(key)
         u = jax.random.uniform(choice_key, () if per_batch else (size,))
+        if per_pair:
+            u = jnp.concatenate([u[: size - size // 2], u[: size // 2][::-1]])
         plan: Plan = {"choice": jnp.sum(u[..., None] >= bounds, axis=-1, dtype=jnp.int32)}
         for i, aug in enumerate(augs):
             plan[str(i)] = aug.sample(jax.random.fold_in(key, i), batch)
@@ -246,8 +256,9 @@ def one_of(
             if all(leaf is leaves[0] for leaf in leaves):
                 return leaves[0]
             chosen = jnp.asarray(leaves[0])
+            own = choice[: chosen.shape[0]]  # of pairs halved to one example each
             for i, leaf in enumerate(leaves[1:], 1):
-                chosen = jnp.where(along_batch(choice == i, chosen), leaf, chosen)
+                chosen = jnp.where(along_batch(own == i, chosen), leaf, chosen)
             return chosen
 
         return jax.tree.map(pick, *results)

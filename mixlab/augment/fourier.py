@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import Augmentation
-from mixlab.augment.mixing import beta, check_alpha, lam_of, lerp, mixed_sample
+from mixlab.augment.mixing import beta, blend_by_mask, check_alpha, mixed_sample
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Key, Plan
 
@@ -35,27 +35,28 @@ def _frequencies(shape: tuple[int, ...], mode: str) -> np.ndarray:
     return np.sqrt(np.sum(squares, axis=0))
 
 
-def noise_shape(shape: tuple[int, ...], mode: str = "reference") -> tuple[int, ...]:
+def noise_shape(shape: tuple[int, ...], mode: str = "spectral") -> tuple[int, ...]:
     """The shape of the noise that `fmix_mask` takes for a mask of `shape`."""
     return (1, *_frequencies(shape, mode).shape, 2)
 
 
 def fmix_grey(
-    noise: ArrayLike, shape: tuple[int, ...], *, decay: float = 3.0, mode: str = "reference"
+    noise: ArrayLike, shape: tuple[int, ...], *, decay: float = 3.0, mode: str = "spectral"
 ) -> Array:
     """The grey image whose brightest pixels become the mask.
 
     The noise is divided by max(f, 1 / longest side) ^ decay, f the magnitude of the frequency, and
-    transformed back. `mode="reference"` equals the FMix repository and OpenMixup: they take real
-    and imaginary part from the first two entries of the first *frequency* axis and zero-pad what
-    is left. `mode="spectral"` takes them from the last axis, as the paper describes.
+    transformed back. `mode="spectral"` does what the paper describes: real and imaginary part lie
+    along the last axis of the noise. `mode="reference"` equals the FMix repository and OpenMixup:
+    they take the two parts from the first two entries of the first *frequency* axis and zero-pad
+    what is left, so that no energy remains above the lowest frequency across.
 
     Args:
         noise: standard normal, of `noise_shape(shape, mode)`: for (H, W) it is
             [1, H, W // 2 + 1, 2], with one more column if W is odd.
         shape: shape of the image, (L,), (H, W) or three axes.
         decay: power of the decay.
-        mode: `"reference"` or `"spectral"`.
+        mode: `"spectral"` or `"reference"`.
 
     Returns:
         float32 (or wider) of `shape`, from 0 to 1; 0 if the image is constant.
@@ -129,7 +130,7 @@ def fmix_mask(
     decay: float = 3.0,
     max_soft: float = 0.0,
     ceil: ArrayLike = False,
-    mode: str = "reference",
+    mode: str = "spectral",
 ) -> Array:
     """The FMix mask that given noise makes: the deterministic half of `fmix`.
 
@@ -141,11 +142,12 @@ def fmix_mask(
         decay: power of the decay of the spectrum.
         max_soft: share of the pixels on either side of the edge that a soft edge takes; 0 is hard.
         ceil: round the number of ones up rather than down.
-        mode: `"reference"` or `"spectral"`, see `fmix_grey`.
+        mode: `"spectral"`, the method as published, or `"reference"`, see `fmix_grey`.
 
     Returns:
-        float32 mask of `shape`, 1 where the example itself is kept. It equals the FMix repository
-        exactly in float64; in float32 pixels that are equally bright to seven digits may swap.
+        float32 mask of `shape`, 1 where the example itself is kept. In the mode `"reference"` it
+        equals the FMix repository, exactly in float64; in float32 pixels that are equally bright
+        to seven digits may swap.
 
     Raises:
         ValueError: a wrong shape of the noise, or an argument out of its range.
@@ -164,7 +166,7 @@ def fmix(
     max_soft: float = 0.0,
     reformulate: bool = False,
     *,
-    mode: str = "reference",
+    mode: str = "spectral",
     per_batch: bool = False,
     prob: float = 1.0,
     pairing: str = "permutation",
@@ -179,11 +181,11 @@ def fmix(
         decay: power of the decay of the spectrum: the higher, the larger the blobs.
         max_soft: share of the pixels on either side of the edge that a soft edge takes; 0 is hard.
         reformulate: draw lam from Beta(alpha + 1, alpha).
-        mode: `"reference"` equals the FMix repository and OpenMixup, whose spectrum has energy only
-            at horizontal frequencies of at most one; `"spectral"` is the method as published.
+        mode: `"spectral"` is the method as published; `"reference"` reproduces the FMix repository
+            and OpenMixup, whose spectrum has energy only at horizontal frequencies of at most one.
         per_batch: one mask for the whole batch (as both references) instead of one an example.
         prob: probability that an example (the batch, if `per_batch`) is mixed.
-        pairing: `"permutation"`, `"flip"` or `"roll"`, see `mixed_sample`.
+        pairing: `"permutation"`, `"flip"`, `"roll"`, `"pair"` or `"half"`, see `mixed_sample`.
 
     Returns:
         An augmentation of images [B, L, C], [B, H, W, C] or [B, T, H, W, C] with the plan `partner`
@@ -213,11 +215,6 @@ def fmix(
 
         return {"lam": lam, "mask": jax.vmap(mask)(noise, lam, ceil)}
 
-    def blend(plan: Plan, image: Array, partner: Array) -> tuple[Array, Array]:
-        mask = jnp.asarray(plan["mask"])
-        mask = jnp.broadcast_to(mask, (image.shape[0], *mask.shape[-(image.ndim - 2) :]))
-        return lerp(mask[..., None], image, partner), lam_of(plan, image)
-
     return mixed_sample(
-        decide, blend, per_batch=per_batch, prob=prob, pairing=pairing, ranks=(3, 4, 5)
+        decide, blend_by_mask, per_batch=per_batch, prob=prob, pairing=pairing, ranks=(3, 4, 5)
     )

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mixlab import augment
+from mixlab.augment.boxes import cutmix_box, resizemix_box
 from mixlab.augment.fourier import fmix_grey
-from mixlab.augment.mixing import cutmix_box, resizemix_box
 from tests.reference import mixing
 
 SIZES = [(5, 12, 7), (1, 6, 16)]
@@ -187,7 +187,8 @@ def test_fmix_masks(shape):
     lams = np.repeat([0, 0.1, 0.35, 0.5, 0.777, 1], 2)
     ceils = np.tile([True, False], 6)
     for max_soft in (0.0, 0.1, 0.3):
-        mask_of = functools.partial(augment.fmix_mask, noise, shape=shape, max_soft=max_soft)
+        options = {"shape": shape, "max_soft": max_soft, "mode": "reference"}
+        mask_of = functools.partial(augment.fmix_mask, noise, **options)
         with jax.enable_x64(True):
             found = jax.jit(jax.vmap(lambda lam, ceil, f=mask_of: f(lam, ceil=ceil)))(lams, ceils)
         for lam, ceil, mask in zip(lams, ceils, found, strict=True):

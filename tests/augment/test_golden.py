@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mixlab import augment
-from mixlab.augment import fourier, mixing, policies
+from mixlab.augment import boxes, fourier, masks, policies
 from tests import golden
 
 K = 10
@@ -72,8 +72,8 @@ def test_cutmix_openmixup():
         batch = batch_of(v, case)
         size = batch["image"].shape[1:3]
         center = [int(v[f"{case}/row_center"]), int(v[f"{case}/col_center"])]
-        box = mixing.cutmix_box(v[f"{case}/lam"], center, size)
-        np.testing.assert_array_equal(mixing.inside(box, size), v[f"{case}/mask"])
+        box = boxes.cutmix_box(v[f"{case}/lam"], center, size)
+        np.testing.assert_array_equal(boxes.inside(box, size), v[f"{case}/mask"])
         out = replay(CUTMIX, batch, v[f"{case}/perm"], v[f"{case}/lam"], box=box)
         label = expected_label(v[f"{case}/y_a"], v[f"{case}/y_b"], v[f"{case}/lam_out"])
         check(out, v[f"{case}/out"], label, image_atol=0)
@@ -84,7 +84,7 @@ def test_cutmix_torchvision():
     for case in golden.cases(v, "cutmix_torchvision/", 2):
         batch = batch_of(v, case)
         center = [int(v[f"{case}/ry"]), int(v[f"{case}/rx"])]
-        box = mixing.cutmix_box(v[f"{case}/lam"], center, batch["image"].shape[1:3])
+        box = boxes.cutmix_box(v[f"{case}/lam"], center, batch["image"].shape[1:3])
         out = replay(CUTMIX, batch, np.roll(np.arange(4), 1), v[f"{case}/lam"], box=box)
         check(out, v[f"{case}/out"], v[f"{case}/y_out"], image_atol=0)
 
@@ -103,9 +103,9 @@ def test_cutmix_boxes(table, columns):
     rows = v[f"cutmix_{table}_bbox/table/vals"][:, [names.index(c) for c in columns.split(",")]]
     for size in {(int(height), int(width)) for height, width in rows[:, :2]}:
         same = rows[(rows[:, :2] == size).all(1)]
-        ours = mixing.cutmix_box(same[:, 2], same[:, 3:5], size)
+        ours = boxes.cutmix_box(same[:, 2], same[:, 3:5], size)
         np.testing.assert_array_equal(ours, same[:, 5:9])
-        np.testing.assert_allclose(mixing.share_outside(ours, size), same[:, 9], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(boxes.share_outside(ours, size), same[:, 9], rtol=0, atol=1e-6)
 
 
 def test_cutmix_minmax_boxes():
@@ -113,9 +113,7 @@ def test_cutmix_minmax_boxes():
     rows = v["cutmix_timm_minmax/table/vals"]
     for height, width, cut_h, cut_w, yl, yh, xl, xh, lam in rows:
         assert (yh - yl, xh - xl) == (cut_h, cut_w)
-        share = mixing.share_outside(
-            [int(yl), int(xl), int(yh), int(xh)], (int(height), int(width))
-        )
+        share = boxes.share_outside([int(yl), int(xl), int(yh), int(xh)], (int(height), int(width)))
         assert share == pytest.approx(lam, abs=1e-6)
     # Our own draws keep to the same law: the recorded sides lie in the range that we draw from.
     height, width = (int(n) for n in rows[0, :2])
@@ -137,7 +135,7 @@ def test_resizemix():
         batch, mode = batch_of(v, case), str(v[f"{case}/mode"])
         center = [int(v[f"{case}/cy"]), int(v[f"{case}/cx"])]
         tau = np.clip(v[f"{case}/tau"], 0.1, 0.8)  # as the reference does first
-        box = mixing.resizemix_box(tau, center, batch["image"].shape[1:3])
+        box = boxes.resizemix_box(tau, center, batch["image"].shape[1:3])
         out = replay(augs[mode], batch, v[f"{case}/perm"], 0.0, box=box)
         label = expected_label(v[f"{case}/y_a"], v[f"{case}/y_b"], v[f"{case}/lam_out"])
         check(out, v[f"{case}/out"], label, image_atol=0 if mode == "nearest" else 1e-6)
@@ -166,26 +164,93 @@ def timm_plan(v, case, size, height, width):
 @pytest.mark.parametrize("op", ["timm_mixup", "timm_fastcollate"])
 def test_timm(op):
     v = golden.load("mixing/public_timm_mixup")
-    either = {c: augment.one_of(MIXUP, m) for c, m in ((True, CUTMIX), (False, RAW_CUTMIX))}
     for case in golden.cases(v, f"{op}/", 2):
-        correct = bool(v.get(f"{case}/correct_lam", True))
+        correct, mode = bool(v.get(f"{case}/correct_lam", True)), str(v[f"{case}/mode"])
         batch = batch_of(v, case)
         size, height, width = batch["image"].shape[:3]
         smooth = augment.label_smoothing(float(v[f"{case}/label_smoothing"]))
         batch = smooth(jax.random.key(0), batch)
-        out = jitted(either[correct])(timm_plan(v, case, size, height, width), batch)
-        rows = len(v[f"{case}/out"])
-        assert rows == size // (2 if v[f"{case}/mode"] == "half" else 1)
-        out = {name: x[:rows] for name, x in out.items()}
+        out = jitted(timm_mixup(mode, correct))(timm_plan(v, case, size, height, width), batch)
+        assert len(out["image"]) == size // (2 if mode == "half" else 1)
         exact = out["image"].dtype == jnp.uint8
         check(out, v[f"{case}/out"], v[f"{case}/y_out"], image_atol=0 if exact else 1e-6)
+
+
+@functools.cache
+def timm_mixup(mode, correct):
+    pairing = mode if mode in ("pair", "half") else "flip"
+    options = {"pairing": pairing, "per_batch": mode == "batch"}
+    return augment.one_of(
+        augment.mixup(**options),
+        augment.cutmix(correct_lam=correct, **options),
+        per_pair=mode in ("pair", "half"),
+    )
+
+
+@pytest.mark.parametrize("mode", ["pair", "half"])
+def test_pairs_share_their_draws(mode):
+    """In timm's modes pair and half; in half the first rows come out."""
+    batch = {"image": jnp.zeros((9, 8, 6, 1)), "label": jnp.eye(9), "index": jnp.arange(9)}
+    either = timm_mixup(mode, True)
+    plan = either.sample(jax.random.key(1), batch)
+    np.testing.assert_array_equal(plan["choice"], plan["choice"][::-1])
+    for part in (plan["0"], plan["1"]):
+        for name in set(part) - {"partner"}:
+            np.testing.assert_array_equal(part[name], part[name][::-1])
+    out = either.apply(plan, batch)
+    assert out["index"].tolist() == list(range(9 if mode == "pair" else 5))
+    assert {len(leaf) for leaf in out.values()} == {len(out["index"])}
+
+
+def test_gridmix():
+    v = golden.load("mixing/public_mixing")
+    aug = augment.gridmix()
+    for case in golden.cases(v, "gridmix_openmixup/", 2):
+        batch = batch_of(v, case)
+        keep = masks.gridmix_mask(
+            v[f"{case}/lam"],
+            [v[f"{case}/u_y"], v[f"{case}/u_x"]],
+            batch["image"].shape[1:3],
+            holes=int(v[f"{case}/n_holes"]),
+            hole_aspect=v[f"{case}/hole_aspect_ratio"],
+            cut_area=v[f"{case}/cut_area_ratio"],
+            cut_aspect=v[f"{case}/cut_aspect_ratio"],
+        )
+        recorded = 1.0 - jnp.asarray(v[f"{case}/mask"], jnp.float32)
+        if v[f"{case}/cut_area_ratio"] <= v[f"{case}/cut_aspect_ratio"]:
+            np.testing.assert_array_equal(keep, recorded)
+        else:  # a grid wider than the image, whose columns wrap around in the reference
+            assert (keep.sum(0) < len(keep)).any(), "some column has a hole"
+        mask = jnp.broadcast_to(recorded, batch["image"].shape[:3])
+        out = replay(aug, batch, v[f"{case}/perm"], jnp.mean(recorded), mask=mask)
+        label = expected_label(v[f"{case}/y_a"], v[f"{case}/y_b"], v[f"{case}/lam_out"])
+        check(out, v[f"{case}/out"], label, image_atol=0)
+
+
+def test_smoothmix():
+    v = golden.load("mixing/public_mixing")
+    aug = augment.smoothmix()
+    for case in golden.cases(v, "smoothmix_openmixup/", 2):
+        batch = batch_of(v, case)
+        size = batch["image"].shape[1:3]
+        center = [int(v[f"{case}/r_h"]), int(v[f"{case}/r_w"])]
+        sigma = (float(v[f"{case}/u_sigma"]) / 4 + 0.25) * size[0]
+        mask = masks.smoothmix_mask(center, sigma, size)
+        np.testing.assert_allclose(1 - mask, v[f"{case}/kernel"], rtol=0, atol=1e-6)
+        # Its weight of the own label is the partner's: the swapped label.
+        assert jnp.mean(mask) == pytest.approx(1 - float(v[f"{case}/lam_out"]), abs=1e-6)
+        mask = jnp.broadcast_to(mask, batch["image"].shape[:3])
+        out = replay(aug, batch, v[f"{case}/perm"], v[f"{case}/lam_out"], mask=mask)
+        label = expected_label(v[f"{case}/y_a"], v[f"{case}/y_b"], v[f"{case}/lam_out"])
+        check(out, v[f"{case}/out"], label)
 
 
 def test_fmix_grey():
     v = golden.load("mixing/public_fmix")
     for case in golden.cases(v, "fmix/", 2):
         shape, decay = tuple(v[f"{case}/shape"]), float(v[f"{case}/decay"])
-        make = jax.jit(functools.partial(fourier.fmix_grey, shape=shape, decay=decay))
+        options = {"shape": shape, "decay": decay, "mode": "reference"}
+        make = jax.jit(functools.partial(fourier.fmix_grey, **options))
         grey = make(v[f"{case}/noise"])
         np.testing.assert_allclose(grey, v[f"{case}/grey"][0], rtol=0, atol=1e-6)
 
@@ -194,13 +259,13 @@ def test_fmix_spectral_grey():
     v = golden.load("mixing/public_fmix")
     for case in golden.cases(v, "fmix_lastaxis_NOT_REFERENCE/", 2):
         want = v[f"{case}/grey"]
-        grey = fourier.fmix_grey(v[f"{case}/noise"], want.shape, mode="spectral")
+        grey = fourier.fmix_grey(v[f"{case}/noise"], want.shape)
         np.testing.assert_allclose(grey, want, rtol=0, atol=1e-6)
 
 
 def test_fmix_masks():
     v = golden.load("mixing/public_fmix")
-    make = jax.jit(augment.fmix_mask, static_argnames=("shape", "decay", "max_soft"))
+    make = jax.jit(augment.fmix_mask, static_argnames=("shape", "decay", "max_soft", "mode"))
     for case in golden.cases(v, "fmix_mask/", 2):
         grey = f"fmix/{v[f'{case}/grey']}"
         mask = make(
@@ -208,6 +273,7 @@ def test_fmix_masks():
             jnp.asarray(v[f"{case}/lam"], jnp.float32),
             tuple(int(n) for n in v[f"{grey}/shape"]),
             decay=float(v[f"{grey}/decay"]),
+            mode="reference",
             max_soft=float(v[f"{case}/max_soft"]),
             ceil=jnp.asarray(v[f"{case}/ceil"]),
         )
@@ -222,7 +288,7 @@ def test_fmix_openmixup():
     for case in golden.cases(v, "fmix_openmixup/", 2):
         want = v[f"{case}/mask"]
         ceil, lam = bool(v[f"{case}/ceil"]), float(v[f"{case}/lam"])
-        mask = augment.fmix_mask(v[f"{case}/noise"], lam, want.shape, ceil=ceil)
+        mask = augment.fmix_mask(v[f"{case}/noise"], lam, want.shape, ceil=ceil, mode="reference")
         np.testing.assert_array_equal(mask, want)
         batch = {"image": jnp.asarray(v["input/x32"]), "label": jnp.eye(K)[v["input/y"]]}
         masks = jnp.broadcast_to(mask, (4, *mask.shape))

@@ -119,3 +119,85 @@ def test_probabilities():
     for axis in (0, 1):
         counts = np.bincount(offset[:, axis], minlength=5)
         assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_boxes_in_bounds():
+    """Nothing is clipped: the area is that of the sides, and the corners reach every edge."""
+    aug = augment.cutmix(in_bounds=True)
+    plan = jax.jit(aug.sample)(jax.random.key(3), {"image": jnp.zeros((20000, 32, 24, 1))})
+    top, left, bottom, right = np.asarray(plan["box"]).T
+    assert (top.min(), left.min(), bottom.max(), right.max()) == (0, 0, 32, 24)
+    assert ((top <= bottom) & (left <= right)).all()
+    # E[1 - lam] = 1/2 less the rounding of both sides, about half a pixel each.
+    exact = np.mean([int(32 * u**0.5) * int(24 * u**0.5) / 768 for u in np.linspace(0, 1, 20001)])
+    assert np.mean(1 - plan["lam"]) == pytest.approx(exact, abs=4 * 0.29 / 20000**0.5)
+
+
+def test_segments_of_signals():
+    aug = augment.cutmix()
+    batch = {"image": jnp.arange(4000.0)[:, None, None] * jnp.ones((1, 40, 1)) / 4000}
+    plan = aug.sample(jax.random.key(4), batch)
+    out = aug.apply(plan, batch)["image"][..., 0]
+    own = np.mean(out == batch["image"][..., 0], axis=1)
+    moved = np.asarray(plan["partner"]) != np.arange(4000)
+    np.testing.assert_allclose(own[moved], plan["lam"][moved], atol=1e-6)
+    assert (plan["box"][:, [0, 2]] == jnp.asarray([0, 1])).all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_random_erasing_area(count):
+    """Uniform areas, but for the boxes that do not fit: at ratio 1 all up to the whole image do."""
+    aug = augment.random_erasing(0.4, (0.1, 0.5), (1.0, 1.0), count=count)
+    plan = jax.jit(aug.sample)(jax.random.key(5), {"image": jnp.zeros((10000, 50, 50, 1))})
+    box = np.asarray(plan["box"]).reshape(-1, 4)
+    sides = box[:, 2:] - box[:, :2]
+    assert (sides[:, 0] == sides[:, 1]).all()
+    low, high = (round((share * 2500 / count) ** 0.5) for share in (0.1, 0.5))
+    assert (sides.min(), sides.max()) == (low, high)
+    mean = np.mean(sides.prod(1)) / 2500 * count
+    # Standard error of a uniform law, and the rounding of the side.
+    assert mean == pytest.approx(0.3, abs=4 * 0.4 / 12**0.5 / len(box) ** 0.5 + 0.002)
+    assert np.mean(plan["use"]) == pytest.approx(0.4, abs=4 * (0.24 / 10000) ** 0.5)
+    assert box[:, :2].min() == 0
+    assert box[:, 2:].max() == 50
+
+
+def test_random_erasing_gives_up_and_paints():
+    """A box that never fits is left out; the ratio's logarithm is symmetric."""
+    batch = {"image": jnp.full((300, 20, 30, 3), 9, jnp.uint8)}
+    never = augment.random_erasing(1.0, (1.0, 1.0), (1.0, 1.0), 255)
+    np.testing.assert_array_equal(never(jax.random.key(0), batch)["image"], batch["image"])
+    aug = augment.random_erasing(1.0, value=(0, 128, 255))
+    plan = aug.sample(jax.random.key(1), batch)
+    out = np.asarray(aug.apply(plan, batch)["image"])
+    for image, (top, left, bottom, right) in zip(out, plan["box"], strict=True):
+        want = np.full((20, 30, 3), 9)
+        want[top:bottom, left:right] = (0, 128, 255)
+        np.testing.assert_array_equal(image, want)
+    for kind, extent in (("channel", (1, 1)), ("pixel", (20, 30))):
+        noisy = augment.random_erasing(1.0, value=kind, noise=(0.5, 0.1))
+        drawn = np.asarray(noisy.sample(jax.random.key(2), batch)["noise"])
+        assert drawn.shape == (300, *extent, 3)
+        assert drawn.mean() == pytest.approx(0.5, abs=4 * 0.1 / drawn.size**0.5)
+        assert drawn.std() == pytest.approx(0.1, abs=0.01)
+
+
+def test_cutout():
+    batch = {"image": jnp.ones((400, 9, 12, 2))}
+    aug = augment.cutout(4)
+    plan = aug.sample(jax.random.key(2), batch)
+    assert plan["box"].min(0).tolist() == [0, 0, 2, 2]
+    assert plan["box"].max(0).tolist() == [6, 9, 9, 12]
+    sides = np.asarray(plan["box"][:, 2:] - plan["box"][:, :2])
+    assert set(sides.ravel().tolist()) == {2, 3, 4}  # clipped at the edges
+    erased = np.mean(np.asarray(aug.apply(plan, batch)["image"]) == 0, axis=(1, 2, 3))
+    np.testing.assert_allclose(erased, sides.prod(1) / 108, rtol=1e-6)
+
+
+def test_holes_of_gridmix():
+    """The mask's share is the label's; at lam = 1 there are no holes; any size of image works."""
+    batch = {"image": jnp.zeros((200, 18, 27, 1)), "label": jnp.eye(200)}
+    plan = augment.gridmix().sample(jax.random.key(6), batch)
+    np.testing.assert_allclose(plan["mask"].mean((1, 2)), plan["lam"], atol=1e-6)
+    assert 0.5 < float(plan["lam"].mean()) < 0.9
+    assert (augment.gridmix(0).sample(jax.random.key(6), batch)["mask"] == 1).all()
