@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 # Heavy or special packages, and the only places that may name them.
 ONLY_IN = {
-    "flax": {"models"},
+    "flax": {"models", "augment"},  # augment.manifold, when it runs a Linen module
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},

@@ -18,6 +18,7 @@ from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
 from mixlab.augment.erasing import cutout, random_erasing
 from mixlab.augment.fourier import fmix, fmix_mask
 from mixlab.augment.losses import jensen_shannon, jsd_loss
+from mixlab.augment.manifold import hidden_layers, manifold_mixup
 from mixlab.augment.masks import gridmix, smoothmix
 from mixlab.augment.mixing import label_smoothing, mixup
 from mixlab.augment.mosaic import jigsaw, mosaic
@@ -100,11 +101,13 @@ __all__ = [
     "fmix",
     "fmix_mask",
     "gridmix",
+    "hidden_layers",
     "identity",
     "jensen_shannon",
     "jigsaw",
     "jsd_loss",
     "label_smoothing",
+    "manifold_mixup",
     "mixup",
     "mosaic",
     "normalize",
