@@ -3,7 +3,8 @@
 Every constructor returns an `Augmentation`: `aug.sample(key, batch)` makes all the random decisions
 and returns them as a plan, `aug.apply(plan, batch)` carries them out, `aug(key, batch)` does both.
 A batch is a dict with `image` [B, H, W, C], uint8 or floating in [0, 1], and, for the ops that mix
-labels, a soft `label` [B, K]; other leaves travel along. `augment.ops` has the single image ops.
+labels, a soft `label` [B, K]. Segmentation masks, bounding boxes and keypoints follow, see
+`augment.targets`; leaves that no op knows travel along. `augment.ops` has the single image ops.
 """
 
 from collections.abc import Callable

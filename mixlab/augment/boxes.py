@@ -136,11 +136,18 @@ def cutmix(
         lam = share_outside(box, size) if correct_lam else lam_of(plan, image)
         if image.ndim == 3:
             pasted = pasted[:, 0]
-        shaped = pasted[:, None, ..., None] if image.ndim == 5 else pasted[..., None]
-        return Mixed(jnp.where(shaped, partner, image), lam, ~pasted)
+        if image.ndim == 5:
+            pasted = pasted[:, None]
+        return Mixed(jnp.where(pasted[..., None], partner, image), lam, ~pasted)
 
     return mixed_sample(
-        decide, blend, per_batch=per_batch, prob=prob, pairing=pairing, ranks=(3, 4, 5)
+        decide,
+        blend,
+        per_batch=per_batch,
+        prob=prob,
+        pairing=pairing,
+        ranks=(3, 4, 5),
+        whole=True,
     )
 
 
@@ -246,16 +253,22 @@ def resizemix(
     def blend(plan: Plan, image: Array, partner: Array) -> Mixed:
         size = (image.shape[1], image.shape[2])
         box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
-        small = partner
-        for axis in (1, 0):
-            small = _resize_into(
-                small, box[:, axis], box[:, axis + 2], axis + 1, interpolation == "bilinear"
-            )
-        pasted = inside(box, size)[..., None]
-        out = jnp.where(pasted, to_dtype(small, image.dtype), image)
-        return Mixed(out, share_outside(box, size), ~inside(box, size), box)
 
-    return mixed_sample(decide, blend, per_batch=per_batch, prob=prob, pairing=pairing)
+        def resized(x: Array, bilinear: bool = False) -> Array:
+            for axis in (1, 0):
+                x = _resize_into(x, box[:, axis], box[:, axis + 2], axis + 1, bilinear)
+            return x
+
+        def placed(points: Array) -> Array:
+            low, high = (box[:, None, i : i + 2].astype(points.dtype) for i in (0, 2))
+            return low + points * ((high - low) / jnp.asarray(size, points.dtype))
+
+        small = to_dtype(resized(partner, interpolation == "bilinear"), image.dtype)
+        pasted = inside(box, size)
+        out = jnp.where(pasted[..., None], small, image)
+        return Mixed(out, share_outside(box, size), ~pasted, (resized, placed))
+
+    return mixed_sample(decide, blend, per_batch=per_batch, prob=prob, pairing=pairing, whole=True)
 
 
 def resizemix_box(tau: ArrayLike, center: ArrayLike, size: tuple[int, int]) -> Array:

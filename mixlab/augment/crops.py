@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab.augment import targets
 from mixlab.augment.core import (
     Augmentation,
     along_batch,
@@ -78,9 +79,15 @@ def random_crop(
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch)
         offset = jnp.broadcast_to(jnp.asarray(plan["offset"], jnp.int32), (image.shape[0], 2))
-        for axis, length in enumerate(crop_size(image)):
-            image = _crop_axis(image, offset[:, axis] - padding, length, axis + 1, mode)
-        return {**batch, "image": image}
+        start, length = offset - padding, crop_size(image)
+
+        def crop(x: Array) -> Array:
+            for axis in (0, 1):
+                x = _crop_axis(x, start[:, axis], length[axis], axis + 1, mode)
+            return x
+
+        moved = targets.affine_matrix(offset=(start[:, 0], start[:, 1]), size=len(start))
+        return targets.follow(batch, crop(image), crop, [moved])
 
     return Augmentation(sample, apply)
 
@@ -122,8 +129,18 @@ def random_flip(p: float = 0.5) -> Augmentation:
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch, ranks=(4, 5))
-        use = along_batch(jnp.broadcast_to(jnp.asarray(plan["use"]), image.shape[:1]), image)
-        return {**batch, "image": jnp.where(use, jnp.flip(image, axis=-2), image)}
+        use = jnp.broadcast_to(jnp.asarray(plan["use"]), image.shape[:1])
+
+        def flip(x: Array) -> Array:
+            return jnp.where(along_batch(use, x), jnp.flip(x, axis=-2), x)
+
+        width = image.shape[-2]
+        moved = targets.affine_matrix(
+            scale=(1.0, jnp.where(use, -1.0, 1.0)),
+            offset=(0.0, jnp.where(use, float(width), 0.0)),
+            size=image.shape[0],
+        )
+        return targets.follow(batch, flip(image), flip, [moved])
 
     return Augmentation(sample, apply)
 

@@ -216,5 +216,11 @@ def fmix(
         return {"lam": lam, "mask": jax.vmap(mask)(noise, lam, ceil)}
 
     return mixed_sample(
-        decide, blend_by_mask, per_batch=per_batch, prob=prob, pairing=pairing, ranks=(3, 4, 5)
+        decide,
+        blend_by_mask,
+        per_batch=per_batch,
+        prob=prob,
+        pairing=pairing,
+        ranks=(3, 4, 5),
+        whole=max_soft == 0.0,
     )

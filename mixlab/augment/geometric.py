@@ -23,7 +23,8 @@ from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike
 
 Fill = float | Sequence[float]
-Matrix = tuple[tuple[ArrayLike, ArrayLike, ArrayLike], tuple[ArrayLike, ArrayLike, ArrayLike]]
+Row = tuple[ArrayLike, ArrayLike, ArrayLike] | Array
+Matrix = tuple[Row, Row] | Array
 """Rows (a, b, c) so that the source's (x, y) is (a, b) . (x, y) + c, row by row."""
 
 _DIALECTS = ("pil", "torchvision")

@@ -207,7 +207,9 @@ def gridmix(
         ).astype(jnp.float32)
         return {"mask": mask, "lam": jnp.mean(mask, axis=(1, 2))}
 
-    return mixed_sample(decide, blend_by_mask, per_batch=per_batch, prob=prob, pairing=pairing)
+    return mixed_sample(
+        decide, blend_by_mask, per_batch=per_batch, prob=prob, pairing=pairing, whole=True
+    )
 
 
 def _range(name: str, value: Range, smallest: float, largest: float) -> tuple[float, float]:

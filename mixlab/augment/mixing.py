@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab.augment import targets
 from mixlab.augment.core import (
     Augmentation,
     along_batch,
@@ -31,14 +32,16 @@ class Mixed(NamedTuple):
     Attributes:
         image: the mixed images.
         lam: [B], the weight of the example's own label.
-        keep: the weight of the own pixel, [B, H, W] or what broadcasts to it, float or bool.
-        box: int32 [B, 4], where the whole partner was resized into a box; otherwise None.
+        keep: the weight of the own pixel, float or bool: the image's shape without channels, or
+            what broadcasts to it.
+        moves: how the partner's pixels [B, H, W, M], not interpolated, and its points [B, n, 2]
+            came to where they are; None if they stay.
     """
 
     image: Array
     lam: Array
     keep: Array
-    box: Array | None = None
+    moves: tuple[targets.Move, targets.Move] | None = None
 
 
 Blend = Callable[[Plan, Array, Array], Mixed]
@@ -111,8 +114,11 @@ def mixed_sample(
     prob: float,
     pairing: str,
     ranks: tuple[int, ...] = (4,),
+    whole: bool = False,
 ) -> Augmentation:
     """An augmentation that mixes every example with a partner from the batch.
+
+    Masks, boxes and keypoints are mixed along, see `targets`.
 
     Args:
         decide: `(key, n, image shape) -> plan`, `n` draws along the leading axis, `lam` among them.
@@ -124,6 +130,7 @@ def mixed_sample(
             their draws; `"half"`: as pair, and only the first half of the batch comes out, B / 2
             rows of every leaf, rounded up.
         ranks: the numbers of axes that the image may have.
+        whole: whether every pixel comes from one of the two images alone.
 
     timm's modes are `per_batch=True` with `"flip"` (batch), `"flip"` (elem), `"pair"` and `"half"`;
     its switching between methods is `one_of`, with `per_batch` or `per_pair` likewise.
@@ -158,7 +165,11 @@ def mixed_sample(
         partner = jnp.broadcast_to(jnp.asarray(plan["partner"]), (size,))
         use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
         mixed = blend(plan, image, jnp.take(image, partner, axis=0, mode="clip"))
-        batch = {**batch, "image": jnp.where(along_batch(use, image), mixed.image, image)}
+        batch = {
+            **batch,
+            **_mixed_targets(batch, image, partner, use, mixed, whole),
+            "image": jnp.where(along_batch(use, image), mixed.image, image),
+        }
         if label is not None:
             lam = along_batch(jnp.where(use, mixed.lam, 1.0), label)
             batch["label"] = lerp(lam, label, jnp.take(label, partner, axis=0, mode="clip"))
@@ -167,6 +178,27 @@ def mixed_sample(
         return batch
 
     return Augmentation(sample, apply)
+
+
+def _mixed_targets(
+    batch: Batch, image: Array, partner: Array, use: Array, mixed: Mixed, whole: bool
+) -> Batch:
+    """The leaves of `targets` that mixing changes."""
+    keep = jnp.where(along_batch(use, mixed.keep), mixed.keep, jnp.ones_like(mixed.keep))
+    result: Batch = {}
+    mask = targets.mask_of(batch, image)
+    if mask is not None:
+        other = jnp.take(mask, partner, axis=0, mode="clip")
+        if mixed.moves is not None:
+            pixels = other.reshape(*image.shape[:-1], -1)
+            other = mixed.moves[0](pixels).reshape(mask.shape)
+        result["mask"] = targets.pick(mask, other, keep, whole=whole)
+    if batch.get("boxes") is not None or batch.get("keypoints") is not None:
+        weight = jnp.broadcast_to(keep.astype(jnp.float32), image.shape[:-1])
+        moved = () if mixed.moves is None else (lambda points: points, mixed.moves[1])
+        keeps = jnp.stack([weight, 1.0 - weight])
+        result |= targets.union(batch, image, partner[:, None], keeps, moved)
+    return result
 
 
 def half_of(size: int) -> int:
@@ -235,7 +267,8 @@ def mixup(
 
     def blend(plan: Plan, image: Array, partner: Array) -> Mixed:
         lam = lam_of(plan, image)
-        return Mixed(lerp(along_batch(lam, image), image, partner), lam, lam[:, None, None])
+        weight = along_batch(lam, image)
+        return Mixed(lerp(weight, image, partner), lam, weight[..., 0])
 
     return mixed_sample(
         decide, blend, per_batch=per_batch, prob=prob, pairing=pairing, ranks=(3, 4, 5)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from mixlab.augment import targets
 from mixlab.augment.core import (
     Augmentation,
     along_batch,
@@ -74,10 +75,22 @@ def mosaic(
         lower, further = (row >= height)[:, :, None], (column >= width)[:, None, :]
         tile = 2 * lower.astype(jnp.int32) + further.astype(jnp.int32)
         source = jnp.take_along_axis(members, tile.reshape(size, -1), axis=1).reshape(tile.shape)
+        place = (source, (row % height)[:, :, None], (column % width)[:, None, :])
+
+        def moved(i: int, j: int) -> targets.Move:
+            start = jnp.asarray((i * height, j * width), jnp.int32) - corner
+            return lambda points: points + start[:, None].astype(points.dtype)
+
+        seen = jnp.stack([(tile == i).astype(jnp.float32) for i in range(4)])
         batch = {
             **batch,
-            "image": image[source, (row % height)[:, :, None], (column % width)[:, None, :]],
+            **targets.union(
+                batch, image, members[:, 1:], seen, [moved(i, j) for i in (0, 1) for j in (0, 1)]
+            ),
+            "image": image[place],
         }
+        if (mask := targets.mask_of(batch, image)) is not None:
+            batch["mask"] = mask[place]
         if label is not None:
             weights = _shares(corner, height, width).astype(working_dtype(label.dtype))
             labels = label[members].astype(weights.dtype)
@@ -143,14 +156,19 @@ def jigsaw(grid: int | tuple[int, int] = 4, *, prob: float = 1.0) -> Augmentatio
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = checked(batch)
-        size, height, width, channels = image.shape
+        size, height, width, _ = image.shape
         tile = (height // rows, width // columns)
-        tiles = image.reshape(size, rows, tile[0], columns, tile[1], channels).swapaxes(2, 3)
-        tiles = tiles.reshape(size, rows * columns, -1)
         order = jnp.asarray(plan["order"], jnp.int32)[:, :, None]
-        tiles = jnp.take_along_axis(tiles, order, axis=1, mode="promise_in_bounds")
-        tiles = tiles.reshape(size, rows, columns, *tile, channels).swapaxes(2, 3)
         use = along_batch(jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,)), image)
-        return {**batch, "image": jnp.where(use, tiles.reshape(image.shape), image)}
+
+        def shuffle(x: Array) -> Array:
+            tiles = x.reshape(size, rows, tile[0], columns, tile[1], -1).swapaxes(2, 3)
+            tiles = tiles.reshape(size, rows * columns, -1)
+            tiles = jnp.take_along_axis(tiles, order, axis=1, mode="promise_in_bounds")
+            tiles = tiles.reshape(size, rows, columns, *tile, -1).swapaxes(2, 3)
+            return jnp.where(use, tiles.reshape(x.shape), x)
+
+        targets.refuse_points(batch, "a jigsaw tears what is in the image apart")
+        return targets.follow(batch, shuffle(image), shuffle, [])
 
     return Augmentation(sample, apply)

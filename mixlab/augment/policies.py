@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab.augment import targets
 from mixlab.augment.core import Augmentation, check_probability, image_of
 from mixlab.augment.geometric import Fill
 from mixlab.augment.spaces import (
@@ -87,7 +88,10 @@ def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
         }
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        return {**batch, "image": space.run(plan, image_of(batch))}
+        image = image_of(batch)
+        steps = jnp.moveaxis(space.matrices(plan, (image.shape[1], image.shape[2])), 1, 0)
+        moved = space.run(plan, image)
+        return targets.follow(batch, moved, lambda mask: space.move(plan, mask), list(steps))
 
     return Augmentation(sample, apply)
 

@@ -142,6 +142,23 @@ class Space:
         branch = jnp.where(jnp.asarray(plan.get("use", True)), branch, 0)
         return run_each(branches, image, branch, given)
 
+    def move(self, plan: Plan, mask: Array) -> Array:
+        """Moves a mask [B, H, W, M] as a decision moves the image, without interpolating."""
+        matrices = self.matrices(plan, (mask.shape[1], mask.shape[2]))
+        used = [name in GEOMETRIC for name in self.rules]
+        active = jnp.asarray(used)[jnp.asarray(plan["op"])] & jnp.asarray(plan.get("use", True))
+
+        def step(one: Array, matrix: Array, active: Array) -> Array:
+            if self.dialect == "google":
+                moved = google.affine(one, matrix, 0)
+            else:
+                moved = _affine(one, matrix, "nearest", 0, self.dialect)
+            return jnp.where(active, moved, one)
+
+        for i in range(matrices.shape[1]):
+            mask = jax.vmap(step)(mask, matrices[:, i], active[:, i])
+        return mask
+
     def matrices(self, plan: Plan, size: tuple[int, int]) -> Array:
         """How the ops of a decision move the pixels.
 

@@ -1,0 +1,261 @@
+"""Masks, boxes and keypoints follow what the pixels show: the pixels themselves are the judge."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixlab import augment
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KEY = jax.random.key(5)
+B, H, W, N = 6, 18, 24, 2
+MOVING = [
+    "random_crop((14, 20), 3)",
+    "random_crop(padding=4, mode='reflect')",
+    "random_flip",
+    "jigsaw((3, 4))",
+]
+PICKING = [
+    "cutmix(prob=0.8)",
+    "fmix(prob=0.8)",
+    "gridmix(holes=3)",
+    "mosaic(prob=0.8)",
+    "cutmix(pairing='pair')",
+]
+WEIGHTS = {n: 1.0 for n in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")}
+
+
+def geometry(dialect, num_ops=2):
+    magnitude = {"torchvision": 30, "timm": 10, "google": 1}[
+        dialect
+    ]  # google's moves are in pixels
+    return augment.randaugment(
+        num_ops, magnitude, dialect=dialect, weights=WEIGHTS, interpolation="nearest", fill=0
+    )
+
+
+def scene():
+    """Two rectangles of their own colour in every image, and points in the middle of pixels."""
+    rng = np.random.default_rng(3)
+    image = np.zeros((B, H, W, 1), np.uint8)
+    boxes, labels = np.zeros((B, N, 4), np.float32), np.zeros((B, N), np.int32)
+    for b in range(B):
+        for n in range(N):
+            top, left = rng.integers(0, 6), 12 * n + rng.integers(0, 4)
+            bottom, right = top + rng.integers(5, 12), left + rng.integers(4, 9)
+            colour = 1 + N * b + n
+            image[b, top:bottom, left:right] = 10 * colour
+            boxes[b, n], labels[b, n] = (top, left, bottom, right), colour
+    points = np.stack([(boxes[..., 0] + boxes[..., 2]) // 2, boxes[..., 1]], -1) + np.float32(0.5)
+    seen = np.ones((B, N, 1), np.float32)
+    batch = {
+        "image": image,
+        "label": np.eye(B, dtype=np.float32),
+        "mask": (image[..., 0] // 10).astype(np.int32),
+        "boxes": boxes,
+        "box_label": labels,
+        "keypoints": np.concatenate([points, seen], -1),
+    }
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def shown(image, colour):
+    """The box around a colour, and its number of pixels."""
+    rows, columns = np.nonzero(image[..., 0] == 10 * colour)
+    if not len(rows):
+        return np.zeros(4), 0
+    return np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]), len(rows)
+
+
+@pytest.mark.parametrize("text", [*MOVING, *PICKING, "resizemix"])
+def test_masks_follow(text):
+    """Classes exactly as the colours do; one-hot floats and the booleans of instances with them."""
+    batch = scene()
+    aug = augment.parse(text)
+    plan = aug.sample(KEY, batch)
+    hot = jax.nn.one_hot(batch["mask"], N * B + 1, dtype=jnp.float32)
+
+    @jax.jit
+    def run(*masks):
+        return [aug.apply(plan, {"image": batch["image"], "mask": mask}) for mask in masks]
+
+    classes, floats, booleans = run(batch["mask"], hot, hot.astype(bool))
+    assert classes["mask"].dtype == jnp.int32
+    np.testing.assert_array_equal(classes["mask"] * 10, classes["image"][..., 0])
+    assert (
+        classes["image"].shape != batch["image"].shape or (classes["image"] != batch["image"]).any()
+    )
+    covered = np.asarray(classes["mask"]) > 0  # 0 may be background, or nothing of the image
+    for out, dtype in ((floats, jnp.float32), (booleans, bool)):
+        assert out["mask"].dtype == dtype
+        found = np.argmax(np.asarray(out["mask"], np.float32), -1)
+        np.testing.assert_array_equal(found[covered], classes["mask"][covered])
+
+
+@pytest.mark.parametrize("dialect", ["timm", "torchvision", "google"])
+def test_policies_move_masks_boxes_and_keypoints(dialect):
+    batch = scene()
+    boxes, labels = (np.asarray(batch[name]) for name in ("boxes", "box_label"))
+    aug = jax.jit(geometry(dialect).__call__)
+    moved = 0
+    for seed in range(4):
+        out = jax.tree.map(np.asarray, aug(jax.random.key(seed), batch))
+        np.testing.assert_array_equal(out["mask"] * 10, out["image"][..., 0])
+        for b in range(B):
+            for n in range(N):
+                box, count = shown(out["image"][b], labels[b, n])
+                # The box holds what is seen of it, but for the rounding of pixels.
+                if count:
+                    assert (out["boxes"][b, n, :2] <= box[:2] + 1).all()
+                    assert (out["boxes"][b, n, 2:] >= box[2:] - 1).all()
+                    moved += (out["boxes"][b, n] != boxes[b, n]).any()
+                row, column, seen = out["keypoints"][b, n]
+                if seen and 1 < row < H - 1 and 1 < column < W - 1:
+                    near = out["mask"][b, int(row) - 1 : int(row) + 2, int(column) - 1 :][:, :3]
+                    assert labels[b, n] in near
+    assert moved > 20
+
+
+def test_a_policy_that_moves_nothing_leaves_boxes():
+    batch = scene()
+    out = jax.jit(augment.randaugment(weights={"invert": 1, "color": 1}, dialect="timm"))(
+        KEY, batch
+    )
+    for name in ("mask", "boxes", "keypoints", "box_label"):
+        np.testing.assert_array_equal(out[name], batch[name])
+
+
+@pytest.mark.parametrize("text", MOVING[:3])
+def test_boxes_move_exactly(text):
+    batch = scene()
+    labels = np.asarray(batch["box_label"])
+    aug = augment.parse(text)
+    plan = aug.sample(KEY, batch)
+    out = jax.tree.map(np.asarray, aug.apply(plan, batch))
+    for b in range(B):
+        for n in range(N):
+            box, _ = shown(out["image"][b], labels[b, n])
+            if "reflect" not in text:  # whose mirrored part shows colours that are of no box
+                np.testing.assert_array_equal(out["boxes"][b, n], box)
+            row, column, seen = out["keypoints"][b, n]
+            inside = 0 <= row < out["image"].shape[1] and 0 <= column < out["image"].shape[2]
+            assert seen == inside
+            if inside:
+                assert out["mask"][b, int(row), int(column)] == labels[b, n]
+
+
+@pytest.mark.parametrize("text", PICKING)
+def test_mixing_unites_boxes(text):
+    """Each box is the smallest around its colour in the mixture, its weight the share shown."""
+    batch = scene()
+    aug = augment.parse(text)
+    plan = aug.sample(KEY, batch)
+    out = jax.tree.map(np.asarray, jax.jit(aug.apply)(plan, batch))
+    partner = np.asarray(plan["partner"]).reshape(B, -1)
+    labels, masks = np.asarray(batch["box_label"]), np.asarray(batch["mask"])
+    k = partner.shape[1] + 1
+    assert out["boxes"].shape == (B, k * N, 4)
+    assert out["keypoints"].shape == (B, k * N, 3)
+    hidden = partly = 0
+    for b in range(B):
+        members = [b, *partner[b]]
+        for j, member in enumerate(members):
+            if members.count(member) > 1:
+                continue  # the same colours twice
+            for n in range(N):
+                at = j * N + n
+                colour = labels[member, n]
+                assert out["box_label"][b, at] == colour
+                box, count = shown(out["image"][b], colour)
+                np.testing.assert_array_equal(out["boxes"][b, at], box)
+                area = np.sum(masks[member] == colour)
+                assert out["box_weight"][b, at] == pytest.approx(count / area, abs=1e-5)
+                hidden, partly = hidden + (count == 0), partly + (0 < count < area)
+                row, column, seen = out["keypoints"][b, at]
+                within = 0 <= row < H and 0 <= column < W
+                there = within and out["mask"][b, int(row), int(column)] == colour
+                assert seen == there == out["keypoint_weight"][b, at]
+    assert hidden
+    assert partly
+
+
+def test_mixup_weighs_boxes_and_one_hot_masks():
+    batch = scene()
+    aug = augment.mixup(1.0, pairing="roll")
+    plan = aug.sample(KEY, batch)
+    with pytest.raises(TypeError, match="one_hot"):
+        aug.apply(plan, batch)
+    hot = jax.nn.one_hot(batch["mask"], N * B + 1, dtype=jnp.bfloat16)
+    out = aug.apply(plan, {**batch, "mask": hot})
+    lam = np.asarray(plan["lam"])
+    weight = np.repeat(np.stack([lam, 1 - lam], 1), N, 1)
+    np.testing.assert_allclose(out["box_weight"], weight, atol=1e-5)
+    np.testing.assert_allclose(out["keypoint_weight"], weight, atol=1e-6)
+    both = np.concatenate([batch["boxes"], np.roll(batch["boxes"], 1, 0)], 1)
+    np.testing.assert_array_equal(out["boxes"], both)
+    assert out["mask"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out["mask"].sum(-1), np.float32), 1, atol=0.01)
+    # Mixed once more, the weights multiply.
+    again = augment.mixup(1.0, pairing="roll")
+    twice = again.apply(again.sample(KEY, batch), {**out, "mask": None})
+    assert twice["boxes"].shape == (B, 4 * N, 4)
+    np.testing.assert_allclose(twice["box_weight"].sum(1), N, atol=1e-4)
+
+
+def test_resizemix_shrinks_the_partners_boxes():
+    batch = scene()
+    labels = np.asarray(batch["box_label"])
+    aug = augment.resizemix((0.5, 0.8))
+    plan = aug.sample(KEY, batch) | {"use": jnp.arange(B) > 0}
+    plan["partner"] = (jnp.arange(B, dtype=jnp.int32) + 1) % B
+    out = jax.tree.map(np.asarray, aug.apply(plan, batch))
+    for b in range(1, B):
+        for n in range(N):
+            box, count = shown(out["image"][b], labels[(b + 1) % B, n])
+            assert count
+            assert np.abs(out["boxes"][b, N + n] - box).max() <= 1
+    assert (out["boxes"][0, N:] == 0).all()  # not used: nothing of the partner
+    assert (out["box_weight"][0] == [1, 1, 0, 0]).all()
+
+
+def test_videos_and_signals():
+    rng = np.random.default_rng(0)
+    video = jnp.asarray(rng.integers(0, 255, (3, 4, 8, 8, 1)), jnp.uint8)
+    signal = jnp.asarray(rng.integers(0, 255, (3, 20, 1)), jnp.uint8)
+    for image, texts in (
+        (video, ["cutmix", "fmix", "random_flip"]),
+        (signal, ["cutmix", "fmix"]),
+    ):
+        for text in texts:
+            out = augment.parse(text)(KEY, {"image": image, "mask": image[..., 0]})
+            np.testing.assert_array_equal(out["mask"], out["image"][..., 0])
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "error", "says"),
+    [
+        ("mask", np.zeros((B, H, W + 1)), ValueError, "mask"),
+        ("boxes", np.zeros((B, 4), np.float32), ValueError, "boxes"),
+        ("boxes", np.zeros((B, N, 4), np.int32), TypeError, "floating"),
+        ("keypoints", np.zeros((B, N, 4), np.float32), ValueError, "keypoints"),
+    ],
+)
+def test_errors(leaf, value, error, says):
+    batch = {"image": jnp.zeros((B, H, W, 1)), leaf: value}
+    for aug in (augment.random_flip(), augment.cutmix()):
+        with pytest.raises(error, match=says):
+            aug(KEY, batch)
+    if leaf in ("boxes", "keypoints"):
+        with pytest.raises(ValueError, match="jigsaw"):
+            augment.jigsaw(2)(KEY, batch)
+        with pytest.raises(ValueError, match=r"\[B, H, W, C\]"):
+            augment.cutmix()(KEY, {"image": jnp.zeros((B, 2, H, W, 1)), leaf: value})
+
+
+def test_a_mask_of_examples_is_no_segmentation():
+    batch = {"image": jnp.zeros((B, H, W, 1)), "mask": jnp.arange(B) > 2}
+    for text in ("random_flip", "mixup", "random_crop"):
+        out = augment.parse(text)(KEY, batch)
+        np.testing.assert_array_equal(out["mask"], batch["mask"])
