@@ -30,6 +30,7 @@ from mixlab.augment.policies import (
     trivialaugment,
 )
 from mixlab.augment.timm import as_calls, timm
+from mixlab.augment.transplant import transplant
 
 CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
     fn.__name__: fn
@@ -58,6 +59,7 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         three_augment,
         timm,
         to_float,
+        transplant,
         trivialaugment,
         views,
     )
@@ -126,6 +128,7 @@ __all__ = [
     "three_augment",
     "timm",
     "to_float",
+    "transplant",
     "trivialaugment",
     "views",
 ]

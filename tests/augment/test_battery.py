@@ -38,11 +38,13 @@ ROWS = {
     "three_augment": "three_augment",
     "timm": "timm('rand-m9-mstd0.5-inc1')",
     "to_float": "to_float",
+    "transplant": "transplant",
     "trivialaugment": "trivialaugment",
     "views": "views(2, random_flip)",
 }
 RESHAPES = {"random_crop", "views"}
 RESCALES = {"normalize", "to_float"}
+NEEDS_MASK = {"transplant"}
 KEY = jax.random.key(7)
 
 
@@ -52,7 +54,7 @@ def built(name):
 
 
 @functools.cache
-def batch(dtype="float32", size=5):
+def batch(dtype="float32", size=5, masked=False):
     """An odd, non-square batch with leaves that no op knows."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (size, 7, 10, 3)).astype(np.uint8)
@@ -60,17 +62,20 @@ def batch(dtype="float32", size=5):
         image = (image / np.float32(255)).astype(dtype)
     label = rng.dirichlet(np.ones(4), size).astype(np.float32)
     leaves = {"image": image, "label": label, "index": np.arange(size, dtype=np.int32)}
-    return {name: jnp.asarray(x) for name, x in leaves.items()} | {"mask": None}
+    mask = jnp.asarray(rng.integers(0, 3, image.shape[:3])) if masked else None
+    return {name: jnp.asarray(x) for name, x in leaves.items()} | {"mask": mask}
 
 
 @functools.cache
 def float_run(name):
     """The result on the float32 batch, and the gradient of a loss of it, in one compilation."""
 
+    given = batch(masked=name in NEEDS_MASK)
+
     @jax.jit
     def run(key, image, label):
         def loss(image, label):
-            out = built(name)(key, batch() | {"image": image, "label": label})
+            out = built(name)(key, given | {"image": image, "label": label})
             return jnp.sum(jnp.square(out["image"])) + jnp.sum(jnp.square(out["label"])), out
 
         return jax.grad(loss, (0, 1), has_aux=True)(image, label)
@@ -99,7 +104,7 @@ def test_every_constructor_has_a_row():
 @every
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "bfloat16"])
 def test_structure_dtype_range(name, dtype):
-    given = batch(dtype)
+    given = batch(dtype, masked=name in NEEDS_MASK)
     if dtype == "float32":
         _, out = float_run(name)
     else:
@@ -116,7 +121,7 @@ def test_structure_dtype_range(name, dtype):
         assert out["image"].shape == given["image"].shape
         np.testing.assert_array_equal(out["index"], given["index"])
         np.testing.assert_allclose(jnp.sum(out["label"], -1), 1.0, rtol=1e-6)
-    assert out["mask"] is None
+    assert (out["mask"] is None) == (given["mask"] is None)
     assert np.isfinite(np.asarray(out["image"], np.float32)).all()
 
 
@@ -132,7 +137,7 @@ def test_gradient_is_finite(name):
 @every
 def test_eager_is_jit_and_plans_replay(name):
     """On a batch of one; the same key gives the same plan, and a saved plan the same result."""
-    aug, given = built(name), batch(size=1)
+    aug, given = built(name), batch(size=1, masked=name in NEEDS_MASK)
     plan = aug.sample(KEY, given)
     eager = aug.apply(plan, given)
     plan_of_jit, jitted = jax.jit(lambda key: (aug.sample(key, given), aug(key, given)))(
@@ -149,7 +154,7 @@ def test_eager_is_jit_and_plans_replay(name):
 @every
 def test_vmap_is_jit(name):
     keys = jnp.stack([jax.random.key(8), KEY])
-    out = jax.jit(jax.vmap(built(name), (0, None)))(keys, batch())
+    out = jax.jit(jax.vmap(built(name), (0, None)))(keys, batch(masked=name in NEEDS_MASK))
     assert_same(jax.tree.map(lambda x: x[1], out), float_run(name)[1])
 
 

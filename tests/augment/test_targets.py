@@ -259,3 +259,39 @@ def test_a_mask_of_examples_is_no_segmentation():
     for text in ("random_flip", "mixup", "random_crop"):
         out = augment.parse(text)(KEY, batch)
         np.testing.assert_array_equal(out["mask"], batch["mask"])
+
+
+def test_transplant():
+    """One class of the partner, each that it shows as often as the others; what is left stays."""
+    batch = scene()
+    aug = augment.transplant(exclude=0, prob=0.8)
+    counts = np.zeros(N)
+    for seed in range(12):
+        plan = aug.sample(jax.random.key(seed), batch)
+        out = jax.tree.map(np.asarray, aug.apply(plan, batch))
+        for b in range(B):
+            old, new, donor = (
+                np.asarray(m) for m in (batch["mask"][b], out["mask"][b], batch["mask"][b - 1])
+            )
+            if not plan["use"][b]:
+                np.testing.assert_array_equal(new, old)
+                continue
+            (label,) = np.unique(donor[~np.asarray(plan["mask"][b])])
+            assert label > 0
+            np.testing.assert_array_equal(new, np.where(donor == label, donor, old))
+            np.testing.assert_array_equal(out["image"][b, ..., 0], 10 * new)
+            assert out["label"][b, b - 1] == pytest.approx(np.mean(donor == label), abs=1e-6)
+            counts[label - 1 - N * ((b - 1) % B)] += 1
+    used = counts.sum()
+    assert abs(counts[0] / used - 0.5) < 5 * 0.5 / used**0.5
+    assert abs(used / (12 * B) - 0.8) < 5 * 0.4 / (12 * B) ** 0.5
+    every = augment.transplant(exclude=range(1, 99))
+    out = every.apply(
+        plan := every.sample(KEY, batch | {"mask": batch["mask"].at[:].max(1)}), batch
+    )
+    assert plan["mask"].all()
+    np.testing.assert_array_equal(out["image"], batch["image"])
+    with pytest.raises(KeyError, match="mask"):
+        aug(KEY, {"image": batch["image"]})
+    with pytest.raises(TypeError, match="argmax"):
+        aug(KEY, {**batch, "mask": batch["mask"].astype(jnp.float32)})
