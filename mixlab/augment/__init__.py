@@ -13,7 +13,7 @@ from mixlab import spec
 from mixlab.augment import ops
 from mixlab.augment.augmix import augmix
 from mixlab.augment.autoaugment import autoaugment
-from mixlab.augment.boxes import cutmix, resizemix
+from mixlab.augment.boxes import cutmix, patchmix, resizemix
 from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes, views
 from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
 from mixlab.augment.erasing import cutout, random_erasing
@@ -49,6 +49,7 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         mosaic,
         normalize,
         one_of,
+        patchmix,
         randaugment,
         random_crop,
         random_erasing,
@@ -117,6 +118,7 @@ __all__ = [
     "one_of",
     "ops",
     "parse",
+    "patchmix",
     "randaugment",
     "randaugment_arguments",
     "random_crop",

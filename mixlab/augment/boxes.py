@@ -130,15 +130,8 @@ def cutmix(
         return {"box": box, "lam": share_outside(box, size) if correct_lam else lam}
 
     def blend(plan: Plan, image: Array, partner: Array) -> Mixed:
-        size = _size_of(image.shape)
-        box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
-        pasted = inside(box, size)
-        lam = share_outside(box, size) if correct_lam else lam_of(plan, image)
-        if image.ndim == 3:
-            pasted = pasted[:, 0]
-        if image.ndim == 5:
-            pasted = pasted[:, None]
-        return Mixed(jnp.where(pasted[..., None], partner, image), lam, ~pasted)
+        mixed = _paste(plan, image, partner)
+        return mixed if correct_lam else mixed._replace(lam=lam_of(plan, image))
 
     return mixed_sample(
         decide,
@@ -147,6 +140,65 @@ def cutmix(
         prob=prob,
         pairing=pairing,
         ranks=(3, 4, 5),
+        whole=True,
+    )
+
+
+def _paste(plan: Plan, image: Array, partner: Array) -> Mixed:
+    """Pastes the box of the partner, and weighs the labels by what it leaves."""
+    size = _size_of(image.shape)
+    box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
+    pasted = inside(box, size)
+    if image.ndim == 3:
+        pasted = pasted[:, 0]
+    if image.ndim == 5:
+        pasted = pasted[:, None]
+    mixed = jnp.where(pasted[..., None], partner, image)
+    return Mixed(mixed, share_outside(box, size), ~pasted)
+
+
+def patchmix(
+    size: int | tuple[int, int] = 16,
+    *,
+    per_batch: bool = False,
+    prob: float = 1.0,
+    pairing: str = "permutation",
+) -> Augmentation:
+    """PatchMix: pastes a patch of one size at a uniform place inside, and mixes labels by area.
+
+    kornia `PatchMix` pastes the same pixels and leaves the labels as they are.
+
+    Args:
+        size: side of the patch in pixels, or height and width; cut to the image if that is smaller.
+        per_batch: one place for the whole batch instead of one an example.
+        prob: probability that an example (the batch, if `per_batch`) is mixed.
+        pairing: `"permutation"`, `"flip"`, `"roll"`, `"pair"` or `"half"`, see `mixed_sample`.
+
+    Returns:
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan of `cutmix`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: kornia `PatchMix`, after Yun et al., "CutMix", ICCV 2019.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"size is a number of pixels, at least 1, or a pair, got {size!r}")
+
+    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
+        extent = _size_of(shape)
+        side = jnp.minimum(jnp.asarray(sides, jnp.int32), jnp.asarray(extent, jnp.int32))
+        box = _inner_box(key, jnp.broadcast_to(side, (n, 2)), extent)
+        return {"box": box, "lam": share_outside(box, extent)}
+
+    return mixed_sample(
+        decide,
+        _paste,
+        per_batch=per_batch,
+        prob=prob,
+        pairing=pairing,
+        ranks=(4, 5),
         whole=True,
     )
 

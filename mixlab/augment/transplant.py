@@ -82,8 +82,8 @@ def _drawn_class(mask: Array, u: Array, exclude: tuple[int, ...]) -> Array:
     """Where a mask [H, W] has the class that `u` in [0, 1) draws; nowhere if there is none."""
     ordered = jnp.sort(mask.ravel())
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    for label in exclude:
-        first = first & (ordered != jnp.asarray(label, mask.dtype))
+    for excluded in exclude:
+        first = first & (ordered != jnp.asarray(excluded, mask.dtype))
     rank = jnp.cumsum(first, dtype=jnp.int32)
     number = jnp.floor(u * rank[-1].astype(u.dtype)).astype(jnp.int32) + 1
     label = ordered[jnp.argmax(first & (rank == number))]

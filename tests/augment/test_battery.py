@@ -28,6 +28,7 @@ ROWS = {
     "mosaic": "mosaic(prob=0.7)",
     "normalize": "normalize((0.5, 0.4, 0.3), 0.25)",
     "one_of": "one_of(mixup, random_flip)",
+    "patchmix": "patchmix((3, 4), prob=0.7)",
     "randaugment": "randaugment",
     "random_crop": "random_crop(5, 2)",
     "random_erasing": "random_erasing(0.8, value='pixel', noise=(0.5, 0.1), count=2)",

@@ -133,6 +133,19 @@ def test_boxes_in_bounds():
     assert np.mean(1 - plan["lam"]) == pytest.approx(exact, abs=4 * 0.29 / 20000**0.5)
 
 
+def test_patches():
+    """All of one size, anywhere inside, every place as often as the others; labels by area."""
+    batch = {"image": jnp.zeros((3000, 9, 12, 1)), "label": jnp.eye(3000)}
+    aug = augment.patchmix((4, 20))
+    plan = jax.tree.map(np.asarray, aug.sample(jax.random.key(4), batch))
+    sides = plan["box"][:, 2:] - plan["box"][:, :2]
+    assert (sides == [4, 12]).all()
+    counts = np.bincount(plan["box"][:, 0], minlength=6)
+    assert len(counts) == 6
+    assert stats.chisquare(counts).pvalue > 1e-4
+    np.testing.assert_allclose(plan["lam"], 1 - 48 / 108, atol=1e-6)
+
+
 def test_segments_of_signals():
     aug = augment.cutmix()
     batch = {"image": jnp.arange(4000.0)[:, None, None] * jnp.ones((1, 40, 1)) / 4000}
