@@ -18,7 +18,13 @@ from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes
 from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
 from mixlab.augment.erasing import cutout, random_erasing
 from mixlab.augment.fourier import fmix, fmix_mask
-from mixlab.augment.losses import jensen_shannon, jsd_loss
+from mixlab.augment.losses import (
+    decoupled_loss,
+    jensen_shannon,
+    jsd_loss,
+    rescale_lam,
+    two_hot_loss,
+)
 from mixlab.augment.manifold import hidden_layers, manifold_mixup
 from mixlab.augment.masks import gridmix, smoothmix
 from mixlab.augment.mixing import label_smoothing, mixup
@@ -102,6 +108,7 @@ __all__ = [
     "chain",
     "cutmix",
     "cutout",
+    "decoupled_loss",
     "fmix",
     "fmix_mask",
     "gridmix",
@@ -124,6 +131,7 @@ __all__ = [
     "random_crop",
     "random_erasing",
     "random_flip",
+    "rescale_lam",
     "resizemix",
     "smoothmix",
     "sometimes",
@@ -132,5 +140,6 @@ __all__ = [
     "to_float",
     "transplant",
     "trivialaugment",
+    "two_hot_loss",
     "views",
 ]
