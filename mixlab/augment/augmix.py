@@ -84,7 +84,8 @@ def augmix(
 
     With weights w ~ Dirichlet(alpha, ..., alpha) and m ~ Beta(alpha, alpha), the result is
     (1 - m) x + m * sum of w_i chain_i(x). The label stays; `jsd_loss` with
-    `views(3, augmix(), clean=True)` is the loss that belongs to it.
+    `views(3, augmix(), clean=True)` is the loss that belongs to it. Masks, boxes and keypoints stay
+    as well: they are true of x.
 
     Equals torchvision v2 `AugMix` or timm's `AugMixAugment`, but for the random numbers; both
     truncate uint8 to whole levels, timm the mixture already. timm's fails on images that are not

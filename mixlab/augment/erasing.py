@@ -43,7 +43,7 @@ def cutout(
     Returns:
         An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `box` int32 [B, 4],
         half-open (top, left, bottom, right), or [B, count, 4] for more than one; `use` bool [B].
-        Labels stay as they are.
+        Labels stay as they are, and so do masks, boxes and keypoints.
 
     Raises:
         ValueError: an argument is out of its range.
