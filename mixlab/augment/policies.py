@@ -89,7 +89,7 @@ def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
     def apply(plan: Plan, batch: Batch) -> Batch:
         return {**batch, "image": space.run(plan, image_of(batch))}
 
-    return Augmentation(sample, apply)
+    return Augmentation(sample, apply, ops=tuple(space.rules))
 
 
 def spread(
