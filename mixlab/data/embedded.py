@@ -19,10 +19,10 @@ _PHOTOS = {
     "cat": ("skimage", "data/chelsea.png", (0, 70, 300)),
     "coffee": ("skimage", "data/coffee.png", (0, 80, 400)),
     "flower": ("sklearn", "datasets/images/flower.jpg", (20, 95, 400)),
+    "temple": ("sklearn", "datasets/images/china.jpg", (0, 20, 427)),
+    "rocket": ("skimage", "data/rocket.jpg", (0, 110, 427)),
     "galaxies": ("skimage", "data/hubble_deep_field.jpg", (0, 130, 436)),
     "retina": ("skimage", "data/retina.jpg", (0, 0, 1411)),
-    "rocket": ("skimage", "data/rocket.jpg", (0, 110, 427)),
-    "temple": ("sklearn", "datasets/images/china.jpg", (0, 20, 427)),
 }
 PHOTO_CREDITS = (
     "Photos, cropped: astronaut, galaxies NASA; rocket SpaceX; cat S. van der Walt; coffee R. "
