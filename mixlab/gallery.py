@@ -31,6 +31,8 @@ from mixlab.types import Batch, Key, Plan
 
 SUFFIXES = (".png", ".pdf", ".svg")
 """The kinds of file that `save` writes."""
+SEED = 3
+"""The draws that show well on the photos."""
 
 _ROLES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW)
 _INK, _FAINT, _RULE = "#222222", "#777777", "#CCCCCC"
@@ -88,8 +90,8 @@ METHODS: dict[str, dict[str, Method]] = {
         "jigsaw": _jigsaw,
     },
     "Crops, flips, views": {
-        "random_flip": _plain("random_flip", p=1.0),
         "random_crop": lambda size: augment.random_crop(padding=min(size) // 4),
+        "random_flip": _plain("random_flip", p=1.0),
         "views": lambda size: augment.views(4, augment.randaugment()),
     },
     "Policies": {
@@ -132,14 +134,14 @@ class Step:
 
     Attributes:
         partner: the examples mixed in, P rows of the batch.
-        weight: [1 + P, H, W], of the own pixel and of each partner's; None without partners.
+        weight: [1 + P, H, W], of the own pixel and of each partner's; ones without partners.
         boxes: [n, 4], half-open (top, left, bottom, right), of a part that has no partners.
         ops: the ops of a policy that were applied, a line each.
     """
 
     partner: tuple[int, ...] = ()
-    weight: np.ndarray | None = None
-    boxes: np.ndarray | None = None
+    weight: np.ndarray = dataclasses.field(default_factory=lambda: np.ones((1, 1, 1)))
+    boxes: Sequence[np.ndarray] = ()
     ops: tuple[str, ...] = ()
 
 
@@ -169,7 +171,7 @@ def _step(aug: Augmentation, plan: Plan, size: tuple[int, int]) -> Step | None:
     if aug.ops:
         return Step(ops=tuple(_op_lines(aug.ops, plan)))
     if "partner" not in plan:
-        return Step(boxes=np.reshape(plan["box"], (-1, 4))) if "box" in plan else Step()
+        return Step(boxes=tuple(np.reshape(plan["box"], (-1, 4)))) if "box" in plan else Step()
     partner = tuple(int(p) for p in np.ravel(plan["partner"]))
     height, width = size
     if "corner" in plan:  # a window onto two by two tiles
@@ -245,10 +247,12 @@ def _load(name: str, split: str, image_size: int | None) -> data.Dataset:
     return data.load(name, split, image_size=side)
 
 
-def soft_batch(dataset: data.Dataset) -> Batch:
-    """All of a data set as a batch: `image` uint8 [B, H, W, C], `label` float32 one-hot [B, K]."""
-    batch = dataset.batch(np.arange(len(dataset)))
-    return {**batch, "label": np.eye(dataset.num_classes, dtype=np.float32)[batch["label"]]}
+def check_suffix(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path, once it is known to end in one of `SUFFIXES`; raises a `ValueError` otherwise."""
+    path = pathlib.Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"a picture is written to a file {', '.join(SUFFIXES)}, got {str(path)!r}")
+    return path
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -258,9 +262,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
         ValueError: another suffix.
         OSError: the file cannot be written.
     """
-    path = pathlib.Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: a picture is written as one of {', '.join(SUFFIXES)}")
+    path = check_suffix(path)
     undated: dict[str, Any] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
     with mpl.rc_context(_STYLE):
         figure.savefig(path, metadata=undated.get(path.suffix))
@@ -269,13 +271,12 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
 
 def draw(
     aug: str | Augmentation | Mapping[str, str | Augmentation],
-    batch: Batch | None = None,
+    batch: Batch | data.Dataset | None = None,
     *,
     class_names: Sequence[str] | None = None,
     rows: int = 4,
-    seed: int = 0,
+    seed: int = SEED,
     size: float = 1.5,
-    footer: str = "",
 ) -> Figure:
     """Draws what an augmentation does to the first examples of a batch, a row each.
 
@@ -285,18 +286,17 @@ def draw(
 
     Args:
         aug: an augmentation, or a text for `augment.parse`, or several by their titles.
-        batch: `image` [B, H, W, C], uint8 or floating in [0, 1], and, if there is one, `label`, int
-            [B] or soft [B, K]; by default the photos that ship with mixlab.
-        class_names: K names; by default the numbers of the classes.
+        batch: a small data set, or `image` [B, H, W, C], uint8 or floating in [0, 1], with `label`,
+            int [B] or soft [B, K], or without; by default the photos.
+        class_names: K names; by default those of the data set, or the numbers of the classes.
         rows: how many examples.
         seed: the result is that of `aug(jax.random.key(seed), batch)`.
         size: side of a picture, in inches; all else goes with it.
-        footer: a line of small print.
 
     Raises:
         ValueError: a batch or a text that cannot be used.
     """
-    batch, names, footer = _ready(batch, class_names, footer)
+    batch, names, footer = _ready(batch, class_names)
     given = aug if isinstance(aug, Mapping) else {aug if isinstance(aug, str) else "": aug}
     page = _Page(size)
     for title, one in given.items():
@@ -306,12 +306,11 @@ def draw(
 
 
 def sheet(
-    batch: Batch | None = None,
+    batch: Batch | data.Dataset | None = None,
     *,
     class_names: Sequence[str] | None = None,
-    seed: int = 0,
+    seed: int = SEED,
     size: float = 1.5,
-    footer: str = "",
 ) -> Figure:
     """Draws every method once, on the source at the head of its column.
 
@@ -320,21 +319,20 @@ def sheet(
     Args:
         batch: as in `draw`; the sheet has a column for each example.
         class_names: likewise.
-        seed: of the draws; those of a method do not depend on what else is shown.
+        seed: of the draws; what a method draws does not depend on the others.
         size: as in `draw`.
-        footer: likewise.
 
     Raises:
         ValueError: a batch that cannot be used.
     """
-    batch, names, footer = _ready(batch, class_names, footer)
+    batch, names, footer = _ready(batch, class_names)
     columns = len(batch["image"])
+    titles = [str(i) for i in range(columns)]
+    if names is not None:
+        titles = [_short(names[k], 20) for k in np.argmax(batch["label"], axis=1)]
     sources = [
-        _Tile(
-            "" if names is None else names[int(np.argmax(batch["label"][i]))],
-            {"image": image[None]},
-        )
-        for i, image in enumerate(batch["image"])
+        _Tile(title, {"image": image[None]})
+        for title, image in zip(titles, batch["image"], strict=True)
     ]
     page = _Page(size)
     _heading(page, 0, columns, "Sources")
@@ -348,12 +346,15 @@ def sheet(
 
 
 def _ready(
-    batch: Batch | None, class_names: Sequence[str] | None, footer: str
+    batch: Batch | data.Dataset | None, class_names: Sequence[str] | None
 ) -> tuple[Batch, Sequence[str] | None, str]:
     """The batch with a soft label if it has one, the names of its classes, and the small print."""
-    if batch is None:
-        photos = examples()
-        return soft_batch(photos), photos.class_names, footer or embedded.PHOTO_CREDITS
+    batch = examples() if batch is None else batch
+    footer = ""
+    if isinstance(batch, data.Dataset):
+        footer = embedded.PHOTO_CREDITS if batch.name == "photos" else ""
+        class_names = batch.class_names if class_names is None else class_names
+        batch = batch.batch(np.arange(len(batch)))
     image_of(batch)
     image = np.asarray(batch["image"])
     if batch.get("label") is None:
@@ -384,9 +385,13 @@ Share = tuple[str, float, str]
 
 
 def _shares(label: np.ndarray, names: Sequence[str], roles: Mapping[int, str]) -> list[Share]:
-    """The largest shares of a soft label [K], or the mean of several [V, K]; four at most."""
+    """The largest shares of a soft label [K], or of the mean of several [V, K]; four at most.
+
+    The example's own comes first, then its partners'.
+    """
     label = np.reshape(label, (-1, label.shape[-1])).astype(np.float64).mean(axis=0)
     top = [int(k) for k in np.argsort(-label, kind="stable")[:4] if label[k] > 0.005]
+    top.sort(key=lambda k: [*roles, k].index(k))
     return [(names[k], float(label[k]), roles.get(k, GREY)) for k in top]
 
 
@@ -447,10 +452,8 @@ class _Page:
         with mpl.rc_context(_STYLE):
             figure = Figure(figsize=(width * self._size, height * self._size), dpi=200)
             for x, y, w, h, paint in self._axes:
-                place = (x + _MARGIN, height - _MARGIN - y - h, w, h)
-                ax = figure.add_axes(
-                    [v / n for v, n in zip(place, 2 * (width, height), strict=True)]
-                )
+                left, bottom = (x + _MARGIN) / width, 1 - (y + h + _MARGIN) / height
+                ax = figure.add_axes((left, bottom, w / width, h / height))
                 ax.set_axis_off()
                 paint(ax)
             for x, y, text, style in self._texts:
@@ -517,9 +520,7 @@ def _section(
     height, width = out["image"].shape[-3:-1]
     done = [steps(aug, plan, row, (height, width)) for row in range(rows)]
     mixes = [[step for step in part if step.partner] for part in done]
-    boxes = [
-        [box for step in part if step.boxes is not None for box in step.boxes] for part in done
-    ]
+    boxes = [[box for step in part for box in step.boxes] for part in done]
     lines = [[line for step in part for line in step.ops] for part in done]
 
     heads = [("source", 1.0)]
@@ -589,7 +590,6 @@ def _mixed(
     page: _Page, x: float, x_mask: float, image: np.ndarray, step: Step, colors: Iterator[str]
 ) -> None:
     """The partners of a step, each with its colour, and the mask in these colours."""
-    assert step.weight is not None
     own = [next(colors) for _ in step.partner]
     across = math.ceil(math.sqrt(len(own)))
     side = (1 - 0.05 * (across - 1)) / across
@@ -668,7 +668,7 @@ def _makers(batch: Batch, names: Sequence[str] | None, seed: int) -> dict[str, l
         written = f"({', '.join(map(str, arguments))})" if arguments else ""
         return _Tile(name + written, {"image": np.asarray(out)[None]})
 
-    makers = {
+    makers: dict[str, list[_Maker]] = {
         heading: [functools.partial(method, name, make) for name, make in group.items()]
         for heading, group in METHODS.items()
     }

@@ -76,7 +76,8 @@ def _photos() -> Split:
     for package, file, (top, left, side) in _PHOTOS.values():
         # Found, not imported: of these packages only the files are wanted.
         spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.origin is not None
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"the photos lie in the package {package}, which is missing")
         image = pixels.read(pathlib.Path(spec.origin).parent / file, colour=True)
         square = image[top : top + side, left : left + side]
         images.append(pixels.resize(square, (_PHOTO_SIDE, _PHOTO_SIDE)))
