@@ -31,13 +31,17 @@ from mixlab.types import Batch, Key, Plan
 
 SUFFIXES = (".png", ".pdf", ".svg")
 """The kinds of file that `save` writes."""
-SEED = 56
+SEED = 381
 """Draws that show well on the photos; few of them find themselves as partner."""
 
 _ROLES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW)
 _INK, _FAINT, _RULE = "#222222", "#777777", "#CCCCCC"
 _STYLE: Any = {"font.family": "sans-serif", "svg.hashsalt": "mixlab", "text.color": _INK}
 _MONO = "monospace"
+_LEGEND = (
+    "Each method on the source at the head of its column, mixed with the one to the left (mosaic: "
+    "with any three)."
+)
 
 _FACTOR, _PIXELS, _ANGLE = "× {:.2f}", "{:+.0f} px", "{:+.0f}°"
 # How the argument of an op is written; where nothing is said, it has none.
@@ -78,7 +82,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "cutmix": _plain("cutmix", minmax=(0.4, 0.8), pairing="roll"),
         "resizemix": _plain("resizemix", scope=(0.4, 0.7), pairing="roll"),
         "fmix": _plain("fmix", alpha=8.0, pairing="roll"),
-        "smoothmix": _plain("smoothmix", pairing="roll"),
+        "smoothmix": _plain("smoothmix", spread=(0.4, 0.5), pairing="roll"),
         "gridmix": _plain("gridmix", alpha=8.0, pairing="roll"),
         "mosaic": _plain("mosaic"),
     },
@@ -315,7 +319,7 @@ def sheet(
 ) -> Figure:
     """Draws every method once, on the source at the head of its column.
 
-    The partner, where there is one, is the source to the left.
+    The partner, where there is one, is the source to the left; a mosaic has any three.
 
     Args:
         batch: as in `draw`; the sheet has a column for each example.
@@ -343,7 +347,7 @@ def sheet(
             _heading(page, *heading)
         tiles = [make(column) for column, make in enumerate(makers)]
         _row(page, tiles, room=0.32 if headings else 0.14)
-    return page.figure(footer)
+    return page.figure(f"{_LEGEND} {footer}")
 
 
 def _ready(
@@ -437,6 +441,10 @@ class _Page:
         """Letters on the line y, of so many points on pictures of 1.5 inches."""
         style = {"fontsize": self.points(points), "parse_math": False, **style}
         self._texts.append((x, y, text, style))
+
+    def nothing(self, x: float) -> None:
+        """In place of a picture."""
+        self.text(x + 0.5, self.y + 0.52, "–", color=_FAINT, ha="center")
 
     def points(self, points: float) -> float:
         """So many points on pictures of 1.5 inches, on those of this page."""
@@ -546,7 +554,11 @@ def _section(
         x = iter(starts)
         page.picture(next(x), page.y, image[row], BLUE if mixes[row] else None)
         if any(boxes):
-            _boxed(page, next(x), image[row], boxes[row])
+            at = next(x)
+            if boxes[row]:
+                _boxed(page, at, image[row], boxes[row])
+            else:
+                page.nothing(at)
         if any(lines):
             at, top = next(x), page.y + 0.5 - 0.5 * _LINE * max(1, len(lines[row]))
             for i, line in enumerate(lines[row] or ["–"]):
@@ -558,7 +570,7 @@ def _section(
                 _mixed(page, *pair, image, mixes[row][i], colors)
             else:
                 for at in pair:
-                    page.text(at + 0.5, page.y + 0.52, "–", color=_FAINT, ha="center")
+                    page.nothing(at)
         _result(page, next(x), out, row)
         if names is not None:
             roles = _roles(batch["label"], row, done[row])
