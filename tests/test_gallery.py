@@ -8,6 +8,7 @@ from PIL import Image
 
 from mixlab import augment, cli, data, gallery
 from mixlab.augment import Augmentation
+from mixlab.gallery import drawing
 
 RNG = np.random.default_rng(0)
 BATCH = {
@@ -48,7 +49,7 @@ def test_the_masks_are_what_was_mixed(aug, key):
     # Of one colour each: a mosaic moves its pieces about.
     color = 60.0 * np.arange(4)
     image = np.broadcast_to(color[:, None, None, None], (4, 8, 8, 3)).astype(np.uint8)
-    plan, out = gallery._run(aug, key, {**SOFT, "image": image})
+    plan, out = drawing._run(aug, key, {**SOFT, "image": image})
     mixed = 0
     for row in range(4):
         done = [step for step in gallery.steps(aug, plan, row, (8, 8)) if step.partner]
@@ -86,7 +87,7 @@ def test_the_ops_of_policies_are_told_by_name():
 
 def test_boxes_without_partners_are_shown(key):
     aug = augment.cutout(4, count=2)
-    plan, out = gallery._run(aug, key, BATCH)
+    plan, out = drawing._run(aug, key, BATCH)
     want = BATCH["image"][1].copy()
     for top, left, bottom, right in gallery.steps(aug, plan, 1, (8, 8))[0].boxes:
         want[top:bottom, left:right] = 0
@@ -137,8 +138,8 @@ def test_local_crops_are_drawn_below():
 
 def test_sheet(monkeypatch):
     few = {"Mixing": {"fmix": gallery.METHODS["Mixing"]["fmix"]}}
-    monkeypatch.setattr(gallery, "METHODS", few)
-    monkeypatch.setattr(gallery, "OPS", {"invert": (), "translate_x": (0.25,), "posterize": (2,)})
+    monkeypatch.setattr(drawing, "METHODS", few)
+    monkeypatch.setattr(drawing, "OPS", {"invert": (), "translate_x": (0.25,), "posterize": (2,)})
     figure = gallery.sheet(BATCH, class_names=["$one$", "two", "three", "a" * 40])
     told = words(figure)
     assert {"Sources", "Mixing", "Single ops", "$one$", "fmix", "translate_x(2)"} <= set(told)
@@ -189,7 +190,7 @@ def test_command_line_errors(monkeypatch, capsys, arguments, status, message):
 @pytest.mark.parametrize("suffix", gallery.SUFFIXES)
 def test_command_line_writes_the_same_file_again(monkeypatch, capsys, tmp_path, suffix):
     written = []
-    monkeypatch.setattr(gallery, "_run", lambda aug, key, batch: ({"use": np.ones(8, bool)}, batch))
+    monkeypatch.setattr(drawing, "_run", lambda aug, key, batch: ({"use": np.ones(8, bool)}, batch))
     for name in ("one", "two"):
         out = tmp_path / f"{name}{suffix}"
         run(monkeypatch, "random_flip", "--count", 1, "--image-size", 8, "--out", out)
