@@ -15,19 +15,28 @@ from mixlab.augment.autoaugment import autoaugment
 from mixlab.augment.boxes import cutmix, resizemix
 from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes, views
 from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
+from mixlab.augment.efficienttrain import efficienttrain_curriculum, low_frequency_crop
 from mixlab.augment.erasing import cutout, random_erasing
 from mixlab.augment.fourier import fmix, fmix_mask
+from mixlab.augment.jitter import (
+    color_jitter,
+    random_blur,
+    random_grayscale,
+    random_solarize,
+)
 from mixlab.augment.losses import jensen_shannon, jsd_loss
 from mixlab.augment.manifold import hidden_layers, manifold_mixup
 from mixlab.augment.masks import gridmix, smoothmix
 from mixlab.augment.mixing import label_smoothing, mixup
 from mixlab.augment.mosaic import jigsaw, mosaic
+from mixlab.augment.multicrop import multi_crop
 from mixlab.augment.policies import (
     randaugment,
     randaugment_arguments,
     three_augment,
     trivialaugment,
 )
+from mixlab.augment.resized import random_resized_crop
 from mixlab.augment.timm import as_calls, timm
 
 CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
@@ -36,6 +45,7 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         augmix,
         autoaugment,
         chain,
+        color_jitter,
         cutmix,
         cutout,
         fmix,
@@ -43,14 +53,20 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         identity,
         jigsaw,
         label_smoothing,
+        low_frequency_crop,
         mixup,
         mosaic,
+        multi_crop,
         normalize,
         one_of,
         randaugment,
+        random_blur,
         random_crop,
         random_erasing,
         random_flip,
+        random_grayscale,
+        random_resized_crop,
+        random_solarize,
         resizemix,
         smoothmix,
         sometimes,
@@ -96,8 +112,10 @@ __all__ = [
     "augmix",
     "autoaugment",
     "chain",
+    "color_jitter",
     "cutmix",
     "cutout",
+    "efficienttrain_curriculum",
     "fmix",
     "fmix_mask",
     "gridmix",
@@ -107,18 +125,24 @@ __all__ = [
     "jigsaw",
     "jsd_loss",
     "label_smoothing",
+    "low_frequency_crop",
     "manifold_mixup",
     "mixup",
     "mosaic",
+    "multi_crop",
     "normalize",
     "one_of",
     "ops",
     "parse",
     "randaugment",
     "randaugment_arguments",
+    "random_blur",
     "random_crop",
     "random_erasing",
     "random_flip",
+    "random_grayscale",
+    "random_resized_crop",
+    "random_solarize",
     "resizemix",
     "smoothmix",
     "sometimes",

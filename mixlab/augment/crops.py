@@ -102,11 +102,12 @@ def _crop_axis(image: Array, start: Array, length: int, axis: int, mode: str) ->
     return taken if mode == "reflect" else jnp.where(within, taken, jnp.zeros_like(taken))
 
 
-def random_flip(p: float = 0.5) -> Augmentation:
-    """Mirrors examples left to right.
+def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augmentation:
+    """Mirrors examples left to right, or upside down.
 
     Args:
         p: probability for each example.
+        vertical: exchange top and bottom rather than left and right.
 
     Returns:
         An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `use` bool [B].
@@ -115,6 +116,7 @@ def random_flip(p: float = 0.5) -> Augmentation:
         ValueError: `p` is no probability.
     """
     check_probability("p", p)
+    axis = -3 if vertical else -2
 
     def sample(key: Key, batch: Batch) -> Plan:
         size = image_of(batch, ranks=(4, 5)).shape[0]
@@ -123,7 +125,7 @@ def random_flip(p: float = 0.5) -> Augmentation:
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch, ranks=(4, 5))
         use = along_batch(jnp.broadcast_to(jnp.asarray(plan["use"]), image.shape[:1]), image)
-        return {**batch, "image": jnp.where(use, jnp.flip(image, axis=-2), image)}
+        return {**batch, "image": jnp.where(use, jnp.flip(image, axis=axis), image)}
 
     return Augmentation(sample, apply)
 
