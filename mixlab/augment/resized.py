@@ -12,7 +12,6 @@ from mixlab.augment.core import (
     Augmentation,
     check_image,
     image_of,
-    to_dtype,
     working_dtype,
 )
 from mixlab.augment.photometric import image_op
@@ -105,12 +104,17 @@ def _weights(
 def _weighted(x: Array, start: Array, weight: Array, axis: int, size: int) -> Array:
     """Sums the windows of `axis` of [H, W, C] by their weights to `size` pixels."""
     equation = ("oh,hwc->owc", "ow,hwc->hoc")[axis]
+    whole = x.dtype == jnp.uint8
+    if whole:
+        # Sums of such products are exact in float32, so that halves round the same everywhere.
+        weight = jnp.round(weight * 2.0**15) / 2.0**15
 
     def tile(step: tuple[Array, Array]) -> Array:
         window = jax.lax.dynamic_slice_in_dim(x, step[0], step[1].shape[-1], axis)
         wide = window.astype(step[1].dtype)
         summed = jnp.einsum(equation, step[1], wide, precision=jax.lax.Precision.HIGHEST)
-        return to_dtype(summed, x.dtype) if x.dtype == jnp.uint8 else summed
+        # Halves up, as the references.
+        return jnp.clip(jnp.floor(summed + 0.5), 0, 255).astype(x.dtype) if whole else summed
 
     tiles = jnp.moveaxis(jax.lax.map(tile, (start, weight)), 0, axis)
     shape = (*tiles.shape[:axis], -1, *tiles.shape[axis + 2 :])
