@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import Augmentation, image_of, to_dtype, working_dtype
-from mixlab.augment.resized import pair_of
+from mixlab.augment.resized import for_each, pair_of
 from mixlab.spec import nearest
-from mixlab.types import Batch, Key, Plan
+from mixlab.types import Array, Batch, Key, Plan
 
 _SIZE = 224
 _STAGES = {
@@ -86,16 +86,20 @@ def low_frequency_crop(band: int | tuple[int, int]) -> Augmentation:
             for n, m in zip(size, wanted, strict=True)
         )
 
-        def weighted(equation: str, *operands: jax.Array) -> jax.Array:
+        def weighted(equation: str, *operands: Array) -> Array:
             return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
 
-        x = image.astype(dtype)
-        low = weighted("ow,...hwc->...hoc", columns, x)
-        low = weighted("oh,...hwc->...owc", rows, low)
-        corner = weighted("h,w,...hwc->...c", odd_rows, odd_columns, x)
         signs = (-1.0) ** np.add.outer(*map(np.arange, wanted))[..., None]
-        low = low - corner[..., None, None, :] * jnp.asarray(signs, dtype)
-        return {**batch, "image": to_dtype(low, image.dtype)}
+
+        def crop(image: Array) -> Array:
+            x = image.astype(dtype)
+            low = weighted("ow,...hwc->...hoc", columns, x)
+            low = weighted("oh,...hwc->...owc", rows, low)
+            corner = weighted("h,w,...hwc->...c", odd_rows, odd_columns, x)
+            low = low - corner[..., None, None, :] * jnp.asarray(signs, dtype)
+            return to_dtype(low, image.dtype)
+
+        return {**batch, "image": for_each(crop, image)}
 
     return Augmentation(sample, apply)
 

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from mixlab.augment.core import (
 )
 from mixlab.augment.photometric import image_op
 from mixlab.spec import nearest
-from mixlab.types import Array, Batch, Key, Plan
+from mixlab.types import Array, Batch, Key, Plan, PyTree
 
 _ATTEMPTS = 10
 _TILE = 32
@@ -121,12 +122,22 @@ def _weighted(x: Array, start: Array, weight: Array, axis: int, size: int) -> Ar
     return jax.lax.slice_in_dim(tiles.reshape(shape), 0, size, axis=axis)
 
 
+def for_each(f: Callable[[Any], Array], xs: PyTree) -> Array:
+    """Maps `f` over the leading axis.
+
+    One after the other, an image stays in the cache of a CPU; an accelerator takes all at once.
+    """
+    return jax.lax.map(f, xs) if jax.default_backend() == "cpu" else jax.vmap(f)(xs)
+
+
 def resized_box(
     image: Array, box: Array, size: tuple[int, int], interpolation: str, antialias: bool
 ) -> Array:
     """Crops a box and resizes it: columns first, then rows, with whole levels between on uint8.
 
-    Equals Pillow's crop and `resize`, and torchvision's `resized_crop`, within one level.
+    Equals torchvision's `resized_crop` of tensors within one level, bicubic within two; and
+    Pillow's crop and `resize`, save that Pillow takes the rows first in boxes many times higher
+    than wide.
 
     Args:
         image: [H, W, C], uint8 or floating.
@@ -173,19 +184,17 @@ def resized_boxes(
     Returns:
         [B, n, (T,) *size, C].
     """
-    # One after the other, an image stays in the cache of a CPU; an accelerator takes all at once.
-    each: Callable = jax.lax.map if jax.default_backend() == "cpu" else lambda f, x: jax.vmap(f)(x)
 
     def boxes(example: tuple[Array, Array]) -> Array:
         def one(box: Array) -> Array:
             def frame(x: Array) -> Array:
                 return resized_box(x, box, size, interpolation, antialias)
 
-            return frame(example[0]) if image.ndim == 4 else each(frame, example[0])
+            return frame(example[0]) if image.ndim == 4 else for_each(frame, example[0])
 
-        return each(one, example[1])
+        return for_each(one, example[1])
 
-    return each(boxes, (image, box))
+    return for_each(boxes, (image, box))
 
 
 def resize(
@@ -197,8 +206,8 @@ def resize(
 ) -> Array:
     """Resizes to a given height and width.
 
-    Equals Pillow's `resize`, and torchvision's with the same `antialias`, within one level.
-    Bicubic results of floats are clipped to [0, 1], which torchvision leaves out.
+    Equals Pillow's `resize`, and torchvision's with the same `antialias`, within one level, bicubic
+    within two. Bicubic results of floats are clipped to [0, 1], which torchvision leaves out.
 
     Args:
         image: uint8 or floating, [H, W, C] or [B, H, W, C].
