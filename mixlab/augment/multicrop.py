@@ -69,6 +69,9 @@ def multi_crop(
     Assignments", 2020, section 3.3; Caron et al., "Emerging Properties in Self-Supervised Vision
     Transformers", 2021, section 3.1.
     """
+    for name, value in (("sizes", sizes), ("counts", counts), ("scales", scales)):
+        if len(value) != 2:
+            raise ValueError(f"{name} has two parts, for large and for small crops, got {value!r}")
     large, small = counts
     if large < 1 or small < 0:
         raise ValueError(f"counts has at least one large and no fewer than 0 small, got {counts}")

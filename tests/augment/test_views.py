@@ -161,6 +161,8 @@ def test_multi_crop_of_dino_from_text():
     out = jax.eval_shape(aug, KEY, batch)
     assert out["image"].shape == (2, 2, 224, 224, 3)
     assert out["local"].shape == (2, 8, 96, 96, 3)
+    large = jax.eval_shape(augment.multi_crop((32, 8), (3, 0)), KEY, batch)
+    assert {name: leaf.shape for name, leaf in large.items()} == {"image": (2, 3, 32, 32, 3)}
 
 
 def by_fourier(x, band):
@@ -323,6 +325,7 @@ def test_flip_upside_down():
         ("random_resized_crop(8, scale=(0.0, 1.0))", "0 < min <= max <= 1"),
         ("random_resized_crop(8, interpolation='cubic')", "did you mean 'bicubic'"),
         ("multi_crop(counts=(0, 6))", "at least one large"),
+        ("multi_crop(sizes=(224,))", "sizes has two parts"),
         ("multi_crop(then=(random_flip, random_flip))", "one augmentation or 3"),
         ("color_jitter(hue=0.6)", "hue is a number"),
         ("color_jitter((1.2, 0.8))", "brightness is a number"),
