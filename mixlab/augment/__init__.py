@@ -16,8 +16,15 @@ from mixlab.augment.autoaugment import autoaugment
 from mixlab.augment.boxes import cutmix, patchmix, resizemix
 from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes, views
 from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
+from mixlab.augment.efficienttrain import efficienttrain_curriculum, low_frequency_crop
 from mixlab.augment.erasing import cutout, random_erasing
 from mixlab.augment.fourier import fmix, fmix_mask
+from mixlab.augment.jitter import (
+    color_jitter,
+    random_blur,
+    random_grayscale,
+    random_solarize,
+)
 from mixlab.augment.losses import (
     decoupled_loss,
     jensen_shannon,
@@ -29,12 +36,14 @@ from mixlab.augment.manifold import hidden_layers, manifold_mixup
 from mixlab.augment.masks import gridmix, smoothmix
 from mixlab.augment.mixing import label_smoothing, mixup
 from mixlab.augment.mosaic import jigsaw, mosaic
+from mixlab.augment.multicrop import multi_crop
 from mixlab.augment.policies import (
     randaugment,
     randaugment_arguments,
     three_augment,
     trivialaugment,
 )
+from mixlab.augment.resized import random_resized_crop
 from mixlab.augment.timm import as_calls, timm
 from mixlab.augment.transplant import transplant
 
@@ -44,6 +53,7 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         augmix,
         autoaugment,
         chain,
+        color_jitter,
         cutmix,
         cutout,
         fmix,
@@ -51,15 +61,21 @@ CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
         identity,
         jigsaw,
         label_smoothing,
+        low_frequency_crop,
         mixup,
         mosaic,
+        multi_crop,
         normalize,
         one_of,
         patchmix,
         randaugment,
+        random_blur,
         random_crop,
         random_erasing,
         random_flip,
+        random_grayscale,
+        random_resized_crop,
+        random_solarize,
         resizemix,
         smoothmix,
         sometimes,
@@ -106,9 +122,11 @@ __all__ = [
     "augmix",
     "autoaugment",
     "chain",
+    "color_jitter",
     "cutmix",
     "cutout",
     "decoupled_loss",
+    "efficienttrain_curriculum",
     "fmix",
     "fmix_mask",
     "gridmix",
@@ -118,9 +136,11 @@ __all__ = [
     "jigsaw",
     "jsd_loss",
     "label_smoothing",
+    "low_frequency_crop",
     "manifold_mixup",
     "mixup",
     "mosaic",
+    "multi_crop",
     "normalize",
     "one_of",
     "ops",
@@ -128,9 +148,13 @@ __all__ = [
     "patchmix",
     "randaugment",
     "randaugment_arguments",
+    "random_blur",
     "random_crop",
     "random_erasing",
     "random_flip",
+    "random_grayscale",
+    "random_resized_crop",
+    "random_solarize",
     "rescale_lam",
     "resizemix",
     "smoothmix",

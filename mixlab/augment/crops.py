@@ -86,7 +86,7 @@ def random_crop(
                 x = _crop_axis(x, start[:, axis], length[axis], axis + 1, mode)
             return x
 
-        moved = targets.affine_matrix(offset=(start[:, 0], start[:, 1]), size=len(start))
+        moved = targets.upright_matrix(offset=(start[:, 0], start[:, 1]), size=len(start))
         return targets.follow(batch, crop(image), crop, [moved])
 
     return Augmentation(sample, apply)
@@ -109,11 +109,12 @@ def _crop_axis(image: Array, start: Array, length: int, axis: int, mode: str) ->
     return taken if mode == "reflect" else jnp.where(within, taken, jnp.zeros_like(taken))
 
 
-def random_flip(p: float = 0.5) -> Augmentation:
-    """Mirrors examples left to right.
+def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augmentation:
+    """Mirrors examples left to right, or upside down.
 
     Args:
         p: probability for each example.
+        vertical: exchange top and bottom rather than left and right.
 
     Returns:
         An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `use` bool [B].
@@ -122,6 +123,7 @@ def random_flip(p: float = 0.5) -> Augmentation:
         ValueError: `p` is no probability.
     """
     check_probability("p", p)
+    axis = -3 if vertical else -2
 
     def sample(key: Key, batch: Batch) -> Plan:
         size = image_of(batch, ranks=(4, 5)).shape[0]
@@ -132,12 +134,12 @@ def random_flip(p: float = 0.5) -> Augmentation:
         use = jnp.broadcast_to(jnp.asarray(plan["use"]), image.shape[:1])
 
         def flip(x: Array) -> Array:
-            return jnp.where(along_batch(use, x), jnp.flip(x, axis=-2), x)
+            return jnp.where(along_batch(use, x), jnp.flip(x, axis=axis), x)
 
-        width = image.shape[-2]
-        moved = targets.affine_matrix(
-            scale=(1.0, jnp.where(use, -1.0, 1.0)),
-            offset=(0.0, jnp.where(use, float(width), 0.0)),
+        sign, edge = (jnp.where(use, v, w) for v, w in ((-1.0, 1.0), (image.shape[axis], 0.0)))
+        moved = targets.upright_matrix(
+            scale=(sign, 1.0) if vertical else (1.0, sign),
+            offset=(edge, 0.0) if vertical else (0.0, edge),
             size=image.shape[0],
         )
         return targets.follow(batch, flip(image), flip, [moved])

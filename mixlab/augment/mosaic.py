@@ -168,7 +168,7 @@ def jigsaw(grid: int | tuple[int, int] = 4, *, prob: float = 1.0) -> Augmentatio
             tiles = tiles.reshape(size, rows, columns, *tile, -1).swapaxes(2, 3)
             return jnp.where(use, tiles.reshape(x.shape), x)
 
-        targets.refuse_points(batch, "a jigsaw tears what is in the image apart")
+        targets.refuse(batch, ("boxes", "keypoints"), "a jigsaw tears apart what they are of")
         return targets.follow(batch, shuffle(image), shuffle, [])
 
     return Augmentation(sample, apply)

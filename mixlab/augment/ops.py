@@ -4,6 +4,8 @@ Each takes one image [H, W, C] or a batch [B, H, W, C], uint8 in 0..255 or float
 draws no random numbers.
 """
 
+from mixlab.augment.affine import affine
+from mixlab.augment.blur import gaussian_blur
 from mixlab.augment.geometric import rotate, shear_x, shear_y, translate_x, translate_y
 from mixlab.augment.photometric import (
     autocontrast,
@@ -17,15 +19,24 @@ from mixlab.augment.photometric import (
     solarize,
     solarize_add,
 )
+from mixlab.augment.resized import center_crop, resize
+from mixlab.augment.tones import gamma, grayscale, hue
 
 __all__ = [
+    "affine",
     "autocontrast",
     "brightness",
+    "center_crop",
     "color",
     "contrast",
     "equalize",
+    "gamma",
+    "gaussian_blur",
+    "grayscale",
+    "hue",
     "invert",
     "posterize",
+    "resize",
     "rotate",
     "sharpness",
     "shear_x",

@@ -319,8 +319,8 @@ def three_augment(*, per_batch: bool = False) -> Augmentation:
     """3-Augment: grayscale, Gaussian blur or solarize, one of the three with equal chances.
 
     Solarize inverts the levels from 128 on, the blur's deviation is uniform on 0.1..2 pixels.
-    Equals timm's `3a` and the three of DeiT III (which has a colour jitter after them) in
-    everything but the random numbers.
+    Equals timm's `3a` and the three of DeiT III in everything but the random numbers. DeiT III has
+    a colour jitter after them: `three_augment() | color_jitter(0.3, 0.3, 0.3)`.
 
     Args:
         per_batch: the same op for the whole batch instead of one draw an example.

@@ -84,17 +84,17 @@ def keypoints_of(batch: Batch, image: Array) -> Array | None:
     return _points_of(batch, "keypoints", (2, 3), image)
 
 
-def refuse_points(batch: Batch, what: str) -> None:
-    """Raises a `ValueError` if the batch has boxes or keypoints, which `what` cannot move."""
-    for name in ("boxes", "keypoints"):
-        if batch.get(name) is not None:
-            raise ValueError(f"{what}, so it cannot move {name!r}; apply it to a batch without")
+def refuse(batch: Batch, names: Sequence[str], why: str) -> None:
+    """Raises a `ValueError` if the batch has one of the targets `names`, and says why."""
+    for name in names:
+        if batch.get(name) is not None and jnp.ndim(batch[name]) > 1:
+            raise ValueError(f"{why}, so it cannot move {name!r}; apply it to a batch without")
 
 
 # Moving.
 
 
-def affine_matrix(
+def upright_matrix(
     *,
     scale: tuple[Array | float, Array | float] = (1.0, 1.0),
     offset: tuple[Array | float, Array | float] = (0.0, 0.0),
@@ -126,7 +126,7 @@ def follow(batch: Batch, image: Array, move: Move, matrices: Sequence[Array]) ->
         batch: before.
         image: after.
         move: moves a mask as the image was moved, without interpolating.
-        matrices: float32 [B, 2, 3] of each step, as in `affine_matrix`; the first came first.
+        matrices: float32 [B, 2, 3] of each step, as in `upright_matrix`; the first came first.
 
     Returns:
         The batch after.

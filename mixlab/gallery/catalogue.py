@@ -47,19 +47,27 @@ METHODS: dict[str, dict[str, Method]] = {
         "gridmix": _plain("gridmix", alpha=8.0, pairing="roll"),
         "patchmix": lambda size: augment.patchmix(min(size) // 2, pairing="roll"),
         "transplant": _transplant,
-        "mosaic": _plain("mosaic"),
     },
-    "Erasing and shuffling": {
+    "Tiles": {"mosaic": _plain("mosaic"), "jigsaw": _jigsaw},
+    "Erasing": {
         "cutout": lambda size: augment.cutout(size=min(size) * 3 // 8),
         "random_erasing": _plain(
             "random_erasing", prob=1.0, area=(0.15, 1 / 3), value="pixel", noise=(0.5, 0.25)
         ),
-        "jigsaw": _jigsaw,
+    },
+    "Tones": {
+        "color_jitter": _plain("color_jitter", brightness=0.4, contrast=0.4, hue=(0.3, 0.5)),
+        "random_grayscale": _plain("random_grayscale", prob=1.0),
+        "random_blur": lambda size: augment.random_blur((min(size) / 50, min(size) / 40), prob=1.0),
+        "random_solarize": _plain("random_solarize", prob=1.0),
     },
     "Crops, flips, views": {
         "random_crop": lambda size: augment.random_crop(padding=min(size) // 4),
         "random_flip": _plain("random_flip", p=1.0),
-        "views": lambda size: augment.views(4, augment.randaugment()),
+        "random_resized_crop": lambda size: augment.random_resized_crop(size, (0.1, 0.3)),
+        "low_frequency_crop": lambda size: augment.low_frequency_crop(max(1, min(size) // 8)),
+        "multi_crop": lambda size: augment.multi_crop((min(size), max(1, min(size) // 3))),
+        "views": lambda size: augment.views(4, augment.randaugment(magnitude=15)),
     },
     "Policies": {
         "randaugment": _plain("randaugment", magnitude=15),
@@ -75,21 +83,35 @@ METHODS: dict[str, dict[str, Method]] = {
 NOT_SHOWN = ("chain", "identity", "label_smoothing", "normalize", "one_of", "sometimes", "to_float")
 """The constructors that change no picture by themselves."""
 
-OPS: dict[str, tuple[float, ...]] = {
-    "rotate": (25,),
-    "shear_x": (0.3,),
-    "shear_y": (0.3,),
-    "translate_x": (0.25,),
-    "translate_y": (0.25,),
-    "brightness": (1.6,),
-    "contrast": (1.8,),
-    "color": (0.2,),
-    "sharpness": (6,),
-    "autocontrast": (),
-    "equalize": (),
-    "invert": (),
-    "posterize": (2,),
-    "solarize": (128,),
-    "solarize_add": (80,),
+OPS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "Geometric ops": {
+        "rotate": (25,),
+        "shear_x": (0.3,),
+        "shear_y": (0.3,),
+        "translate_x": (0.25,),
+        "translate_y": (0.25,),
+        "affine": (20, (0, 0), 0.8, (20, 0)),
+        "center_crop": (0.5,),
+        "resize": (0.125,),
+    },
+    "Photometric ops": {
+        "brightness": (1.6,),
+        "contrast": (1.8,),
+        "color": (0.2,),
+        "sharpness": (6,),
+        "autocontrast": (),
+        "equalize": (),
+        "invert": (),
+        "posterize": (2,),
+        "solarize": (128,),
+        "solarize_add": (80,),
+        "hue": (0.4,),
+        "gamma": (0.5,),
+        "grayscale": (),
+        "gaussian_blur": (2,),
+    },
 }
-"""The arguments that `sheet` gives to `augment.ops`; those of translations are shares of a side."""
+"""The arguments that `sheet` gives to `augment.ops`, under its headings."""
+
+SHARES = ("center_crop", "resize", "translate_x", "translate_y")
+"""The ops whose argument above is a share of the side, where the op takes pixels."""

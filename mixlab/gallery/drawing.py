@@ -9,6 +9,7 @@ import functools
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from mixlab.augment.core import image_of
 from mixlab.augment.spaces import GEOMETRIC
 from mixlab.data import embedded
 from mixlab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW
-from mixlab.gallery.catalogue import METHODS, OPS, Method
+from mixlab.gallery.catalogue import METHODS, OPS, SHARES, Method
 from mixlab.gallery.examples import examples
 from mixlab.gallery.page import (
     FAINT,
@@ -339,20 +340,23 @@ def _makers(batch: Batch, names: Sequence[str] | None, seed: int) -> dict[str, l
         shares = _shares(out["label"][column], names, roles)
         return dataclasses.replace(tile, shares=shares) if len(shares) > 1 else tile
 
-    def op(name: str, arguments: tuple[float, ...], column: int) -> _Tile:
-        if name.startswith("translate"):
-            arguments = tuple(round(x * (width if name[-1] == "x" else height)) for x in arguments)
-        options = {"interpolation": "bicubic"} if name in GEOMETRIC else {}
+    def op(name: str, arguments: tuple[Any, ...], column: int) -> _Tile:
+        if name in SHARES:
+            side = {"translate_x": width, "translate_y": height}.get(name, min(height, width))
+            arguments = tuple(max(1, round(share * side)) for share in arguments)
+        options = {"interpolation": "bicubic"} if name in (*GEOMETRIC, "affine") else {}
         apply = getattr(augment.ops, name)
         out = jax.jit(lambda image: apply(image, *arguments, **options))(image[column])
-        written = f"({', '.join(map(str, arguments))})" if arguments else ""
-        return _Tile(name + written, {"image": np.asarray(out)[None]})
+        written = ", ".join(map(str, arguments)) if len(arguments) == 1 else "…"
+        return _Tile(f"{name}({written})" if arguments else name, {"image": np.asarray(out)[None]})
 
     makers: dict[str, list[_Maker]] = {
-        heading: [functools.partial(method, name, make) for name, make in group.items()]
+        heading: [functools.partial(method, *entry) for entry in group.items()]
         for heading, group in METHODS.items()
     }
-    return {**makers, "Single ops": [functools.partial(op, *entry) for entry in OPS.items()]}
+    for heading, group in OPS.items():
+        makers[heading] = [functools.partial(op, *entry) for entry in group.items()]
+    return makers
 
 
 def _flow(

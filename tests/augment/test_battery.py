@@ -12,11 +12,12 @@ from mixlab import augment
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # The text for `augment.parse`, by constructor. `reshapes`: the image comes out in another shape;
-# `rescales`: in another range or dtype.
+# `rescales`: in another range or dtype; `adds`: leaves that are new.
 ROWS = {
     "augmix": "augmix",
     "autoaugment": "autoaugment",
     "chain": "chain(random_flip, mixup)",
+    "color_jitter": "color_jitter(0.4, 0.4, 0.4, 0.1, prob=0.8)",
     "cutmix": "cutmix(prob=0.7)",
     "cutout": "cutout(4, fill=128, prob=0.7)",
     "fmix": "fmix(max_soft=0.1)",
@@ -24,15 +25,21 @@ ROWS = {
     "identity": "identity",
     "jigsaw": "jigsaw((7, 2), prob=0.7)",
     "label_smoothing": "label_smoothing(0.1)",
+    "low_frequency_crop": "low_frequency_crop((4, 5))",
     "mixup": "mixup",
     "mosaic": "mosaic(prob=0.7)",
+    "multi_crop": "multi_crop((4, 3), (2, 1), then=random_flip, interpolation='nearest')",
     "normalize": "normalize((0.5, 0.4, 0.3), 0.25)",
     "one_of": "one_of(mixup, random_flip)",
     "patchmix": "patchmix((3, 4), prob=0.7)",
     "randaugment": "randaugment",
+    "random_blur": "random_blur",
     "random_crop": "random_crop(5, 2)",
     "random_erasing": "random_erasing(0.8, value='pixel', noise=(0.5, 0.1), count=2)",
     "random_flip": "random_flip",
+    "random_grayscale": "random_grayscale(0.5)",
+    "random_resized_crop": "random_resized_crop((5, 6), interpolation='bicubic')",
+    "random_solarize": "random_solarize(100, prob=0.5)",
     "resizemix": "resizemix(interpolation='bilinear')",
     "smoothmix": "smoothmix",
     "sometimes": "sometimes(0.5, mixup(alpha=1.0))",
@@ -43,8 +50,9 @@ ROWS = {
     "trivialaugment": "trivialaugment",
     "views": "views(2, random_flip)",
 }
-RESHAPES = {"random_crop", "views"}
-RESCALES = {"normalize", "to_float"}
+RESHAPES = {"low_frequency_crop", "multi_crop", "random_crop", "random_resized_crop", "views"}
+RESCALES = {"low_frequency_crop", "normalize", "to_float"}
+ADDS = {"multi_crop": {"local"}}
 NEEDS_MASK = {"transplant"}
 KEY = jax.random.key(7)
 
@@ -110,7 +118,7 @@ def test_structure_dtype_range(name, dtype):
         _, out = float_run(name)
     else:
         out = jax.jit(built(name))(KEY, given)
-    assert set(out) == set(given)
+    assert set(out) == set(given) | ADDS.get(name, set())
     if name not in RESCALES:
         assert out["image"].dtype == given["image"].dtype
         top = 255 if dtype == "uint8" else 1
