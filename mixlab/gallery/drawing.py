@@ -256,12 +256,18 @@ def _section(
 
 
 def _result(page: Page, x: float, out: Batch, row: int) -> None:
-    """What came out; local crops, which are smaller, below the others."""
+    """What came out; of crops of two sizes the large ones above the small ones."""
     if "local" not in out:
         page.picture(x, page.y, out["image"][row])
         return
-    page.picture(x + 0.25, page.y, out["image"][row], side=0.5)
-    page.picture(x + 0.25, page.y + 0.5, out["local"][row], side=0.5)
+    gap = 0.025
+    large = (1 - gap * (out["image"].shape[1] - 1)) / max(2, out["image"].shape[1])
+    small = (1 - large - 2 * gap) / 2
+    for images, top, side in ((out["image"][row], 0.0, large), (out["local"][row], large, small)):
+        across = int((1 + gap) / (side + gap) + 0.01)
+        for i, image in enumerate(images):
+            left, down = (side + gap) * (i % across), (side + gap) * (i // across)
+            page.picture(x + left, page.y + top + down + (gap if top else 0), image, side=side)
 
 
 def _boxed(page: Page, x: float, image: np.ndarray, boxes: Sequence[np.ndarray]) -> None:
