@@ -1,4 +1,4 @@
-"""The command `mixlab`: `mixlab train --config FILE --workdir DIR`, `mixlab report DIR`."""
+"""The command `mixlab`: its subcommands `train`, `report` and `bench`."""
 
 import os
 import sys
@@ -21,6 +21,8 @@ usage: mixlab COMMAND ...
                    --config.agents=16 --config.augment='cutmix(alpha=1.0)'
   mixlab report DIR
       Writes the report of a workdir again: report.md, results.csv, figures.
+  mixlab bench augment [--quick] [--filter PATTERN] [--out FILE] [--json FILE]
+      Measures mixlab beside other libraries: those of the extra [bench] that are installed.
 """
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
@@ -29,7 +31,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; made if 
 
 def main() -> None:
     """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage."""
-    commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "report": _report}
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": _train,
+        "report": _report,
+        "bench": _bench,
+    }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -99,6 +105,17 @@ def _report(arguments: Sequence[str]) -> None:
     try:
         report.show(report.write(arguments[0]))
     except (ValueError, OSError) as error:
+        _fail(str(error), 1)
+
+
+def _bench(arguments: Sequence[str]) -> None:
+    from mixlab import bench
+
+    try:
+        bench.main(arguments)
+    except ValueError as error:
+        _fail(str(error), 2)
+    except OSError as error:
         _fail(str(error), 1)
 
 

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "report": {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
-    "cli": FOUNDATION | {"agents", "train", "report", "checkpoint"},
+    "bench": FOUNDATION | {"augment"},
+    "cli": FOUNDATION | {"agents", "train", "report", "checkpoint", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
