@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -263,7 +262,7 @@ def autocontrast_table(low: ArrayLike, high: ArrayLike) -> Array:
     span = jnp.maximum(high - low, 1)
     i = jnp.arange(256, dtype=jnp.int32)
     numerator = jnp.clip(i - low, 0, span) * 255
-    quotient = _quotient(numerator, span)
+    quotient = divide(numerator, span)
     missed = errors[span] - errors[span, low] < -forgiven[quotient]
     stretched = quotient - ((quotient * span == numerator) & missed).astype(jnp.int32)
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), i).astype(jnp.uint8)
@@ -330,21 +329,21 @@ def _equalizing_tables(image: Array) -> Array:
         count, upto = counts
         brightest = jnp.max(jnp.where(count > 0, level, 0))
         step = (height * width - count[brightest]) // 255
-        table = jnp.minimum(_quotient(step // 2 + upto - count, jnp.maximum(step, 1)), 255)
+        table = jnp.minimum(divide(step // 2 + upto - count, jnp.maximum(step, 1)), 255)
         return jnp.where(step > 0, table, level).astype(jnp.uint8)
 
     return each(table, (count, upto))
 
 
-def _quotient(n: Array, d: Array) -> Array:
-    """`n // d` of int32 with a quotient below 2^20, by floats: there are no vectors of divisions."""
+def divide(n: Array, d: Array) -> Array:
+    """`n // d` of int32, exact up to 2^20, by floats: CPUs have no divisions of integer vectors."""
     q = (n.astype(jnp.float32) / d.astype(jnp.float32)).astype(jnp.int32)
     rest = n - q * d
     return q + (rest >= d).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
 
 
 def _places(image: Array) -> Array:
-    """Where each value of a uint8 image [H, W, C] is found in tables [C, 256]: int32 [H * W * C]."""
+    """Where each value of a uint8 image [H, W, C] is in tables [C, 256]: int32 [H * W * C]."""
     start = jnp.arange(image.shape[-1], dtype=jnp.int32) * 256
     return (image.astype(jnp.int32) + start).reshape(-1)
 
