@@ -281,30 +281,34 @@ def _paste_rows(image: Array, partner: ArrayLike, box: Array, *, resize: bool) -
     Args:
         image: [B, H, W, C].
         partner: int32 [B] or [], whose pixels are pasted.
-        box: int32 [B, 4], inside the image.
+        box: int32 [B, 4].
         resize: paste the whole partner, made small, rather than the same place of it.
     """
     size, height, width, channels = image.shape
     partner = jnp.clip(jnp.broadcast_to(jnp.asarray(partner, jnp.int32), (size,)), 0, size - 1)
-    rows = image.reshape(size * height, width * channels)
     column, channel = jnp.divmod(jnp.arange(width * channels, dtype=jnp.int32), channels)
 
-    def paste(i: Array, out: Array) -> Array:
-        top, left, bottom, right = box[i]
-        pasted = (column >= left) & (column < right)
-        source = divide((column - left) * width, jnp.maximum(right - left, 1))
-        place = jnp.clip(source, 0, width - 1) * channels + channel
+    # Under vmap one batch after the other: loops of unequal length would copy all at every step.
+    @jax.custom_batching.sequential_vmap
+    def run(rows: Array, partner: Array, box: Array) -> Array:
+        def paste(i: Array, out: Array) -> Array:
+            top, left, bottom, right = box[i]
+            pasted = (column >= left) & (column < right)
+            source = divide((column - left) * width, jnp.maximum(right - left, 1))
+            place = jnp.clip(source, 0, width - 1) * channels + channel
 
-        def write(row: Array, out: Array) -> Array:
-            at = (row - top) * height // (bottom - top) if resize else row
-            new = rows[partner[i] * height + at]
-            new = new.at[place].get(mode="promise_in_bounds") if resize else new
-            row = i * height + row
-            return out.at[row].set(jnp.where(pasted, new, rows[row]), mode="promise_in_bounds")
+            def write(row: Array, out: Array) -> Array:
+                at = (row - top) * height // (bottom - top) if resize else row
+                new = rows[partner[i] * height + at]
+                new = new.at[place].get(mode="promise_in_bounds") if resize else new
+                row = i * height + row
+                return out.at[row].set(jnp.where(pasted, new, rows[row]), mode="promise_in_bounds")
 
-        return jax.lax.fori_loop(top, bottom, write, out)
+            return jax.lax.fori_loop(jnp.maximum(top, 0), jnp.minimum(bottom, height), write, out)
 
-    return jax.lax.fori_loop(0, size, paste, rows).reshape(image.shape)
+        return jax.lax.fori_loop(0, size, paste, rows)
+
+    return run(image.reshape(size * height, width * channels), partner, box).reshape(image.shape)
 
 
 def resizemix_box(tau: ArrayLike, center: ArrayLike, size: tuple[int, int]) -> Array:

@@ -39,6 +39,7 @@ def test_long_rows_of_bytes_are_pasted_as_floats_are(aug):
     batch = {"image": jnp.asarray(image), "label": jnp.eye(16)}
     plan = jax.jit(aug.sample)(jax.random.key(3), batch)
     plan["use"] = plan["use"].at[2].set(False)
+    plan["box"] = plan["box"].at[:2].set(jnp.array([[-4, 60, 7, 95], [3, 3, 3, 9]], jnp.int32))
     area = jnp.prod(plan["box"][:, 2:] - plan["box"][:, :2], axis=1)
     assert jnp.sum(area > 0) > 8  # there is something to see
     bytes_, floats = (jax.jit(aug.apply)(plan, {**batch, "image": jnp.asarray(image, dtype)})
@@ -57,6 +58,15 @@ def test_the_brightest_are_the_last_of_a_stable_sort(dtype, x64):
     for row, order, n in zip(expected, np.argsort(x, axis=1, kind="stable"), count, strict=True):
         row[order[len(order) - n :]] = True
     np.testing.assert_array_equal(jax.jit(_brightest)(x, count), expected)
+
+
+def test_long_rows_of_bytes_under_vmap():
+    image = jnp.asarray(RNG.integers(0, 256, (2, 3, 4, 90, 3), np.uint8))
+    keys = jax.random.split(jax.random.key(0), 2)
+    aug = augment.cutmix()
+    mixed = jax.jit(jax.vmap(aug))(keys, {"image": image})["image"]
+    for key, batch, found in zip(keys, image, mixed, strict=True):
+        np.testing.assert_array_equal(jax.jit(aug)(key, {"image": batch})["image"], found)
 
 
 def test_division_by_floats_is_exact():
