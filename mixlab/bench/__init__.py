@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -48,7 +49,7 @@ class Options:
     Attributes:
         rounds: how often each side is measured.
         seconds: the least that one measurement lasts; shorter calls are repeated within it.
-        select: pattern of the cases to run, searched for in `"name dtype sizes peer"`.
+        select: pattern of the cases to run, searched for in `"op batch peer"` of a table.
     """
 
     rounds: int = 21
@@ -165,7 +166,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(rows[0])
     cells = [[str(row[column]).replace("|", r"\|") for column in columns] for row in rows]
     widths = [max(len(c), 3, *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
-    right = [all(re.match(r"[\d.]", row[i]) for row in cells) for i in range(len(columns))]
+    right = [all(re.fullmatch(r"[\d.]+", row[i]) for row in cells) for i in range(len(columns))]
 
     def line(texts: Sequence[str]) -> str:
         padded = (
@@ -241,7 +242,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"--filter {given.filter!r} selects no case")
     found = machine(module.PACKAGES)
     versions = ", ".join(f"{name} {value}" for name, value in found.items())
-    text = f"`mixlab bench {' '.join(arguments)}`: {versions}\n\n{report.text()}"
+    text = f"`mixlab bench {shlex.join(arguments)}`\n\n{versions}\n\n{report.text()}"
     print(text, end="")
     if given.out is not None:
         given.out.write_text(text)

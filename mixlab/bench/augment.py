@@ -64,7 +64,8 @@ def _against_peers(options: Options, left_out: dict[str, str]) -> Iterator[dict[
     _limit_torch()
     rng = np.random.default_rng(0)
     for (ours, dtype, peers), (size, side) in itertools.product(_cases(), SIZES):
-        chosen = [p for p in peers if options.selects(ours, dtype, f"{size}x{side}", p.name)]
+        batch = _described(size, side, dtype)
+        chosen = [peer for peer in peers if options.selects(ours, batch, peer.name)]
         if not chosen:
             continue
         image = rng.integers(0, 256, (size, side, side, 3), np.uint8)
@@ -80,7 +81,7 @@ def _against_peers(options: Options, left_out: dict[str, str]) -> Iterator[dict[
             except PeerError as error:
                 left_out[peer.package] = str(error)
             except Exception as error:  # a peer that fails is no reason not to measure the others
-                left_out[f"{peer.name}, {dtype}, {size}x{side}"] = one_line(error)
+                left_out[f"{peer.name}, {batch}"] = one_line(error)
             else:
                 calls[peer.name] = call
         if len(calls) == 1:
@@ -91,7 +92,7 @@ def _against_peers(options: Options, left_out: dict[str, str]) -> Iterator[dict[
         for name, timing in timings.items():
             yield {
                 "op": ours,
-                "batch": f"{size}x{side}x{side}x3 {dtype}",
+                "batch": batch,
                 "peer": name,
                 "peer draws per": draws[name],
                 "ours, ms": _milliseconds(own.median),
@@ -100,6 +101,10 @@ def _against_peers(options: Options, left_out: dict[str, str]) -> Iterator[dict[
                 "± %": f"{100 * timing.spread:.0f}",
                 "peer / ours": f"{timing.median / own.median:.2f}",
             }
+
+
+def _described(size: int, side: int, dtype: str) -> str:
+    return f"{size}x{side}x{side}x3 {dtype}"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -307,7 +312,8 @@ def _first_calls(options: Options) -> Iterator[dict[str, Any]]:
     text = "randaugment | mixup"
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     for size, side in SIZES:
-        if not options.selects("first call", text, f"{size}x{side}"):
+        batch = _described(size, side, "uint8")
+        if not options.selects("first call", text, batch):
             continue
         code = _FIRST_CALL.format(size=size, side=side, text=text)
         command = [sys.executable, "-c", code]
@@ -316,7 +322,7 @@ def _first_calls(options: Options) -> Iterator[dict[str, Any]]:
         )
         yield {
             "op": text,
-            "batch": f"{size}x{side}x{side}x3 uint8",
+            "batch": batch,
             "first call, s": f"{float(done.stdout):.2f}",
         }
 
@@ -337,7 +343,7 @@ def _accelerator(options: Options) -> Iterator[dict[str, Any]]:
     # What must be read and written: the own and the partner's pixel, or whichever is chosen.
     for text, passes in (("mixup()", 3), ("cutmix()", 2), ("fmix()", 2), ("randaugment()", 2)):
         dtype = "uint8" if text.startswith("rand") else "float32"
-        if not options.selects(text, dtype, f"{size}x{side}"):
+        if not options.selects(text, _described(size, side, dtype)):
             continue
         pixels: Array = jnp.asarray(image if dtype == "uint8" else image.astype(np.float32) / 255.0)
         batch = {"image": pixels, "label": jax.nn.one_hot(label, _CLASSES)}
@@ -345,7 +351,7 @@ def _accelerator(options: Options) -> Iterator[dict[str, Any]]:
         seconds = _seconds(queued(aug, jax.random.key(0), batch), options) / calls
         yield {
             "op": text,
-            "batch": f"{size}x{side}x{side}x3 {dtype}",
+            "batch": _described(size, side, dtype),
             "ms": _milliseconds(seconds),
             "images/s": f"{size / seconds:.0f}",
             "GB/s of a copy": f"{bandwidth / 1e9:.0f}",

@@ -83,13 +83,15 @@ def test_peers_that_are_missing_or_fail_are_left_out(monkeypatch):
     ]
     monkeypatch.setattr(augment, "_cases", lambda: [("mixup()", "float32", peers)])
     monkeypatch.setattr(augment, "SIZES", ((2, 4),))
-    options = bench.Options(rounds=1, seconds=0.0, select="mixup.* 2x4 (numpy|broken|missing)")
+    options = bench.Options(
+        rounds=1, seconds=0.0, select="mixup.* 2x4x4x3 float32 (numpy|broken|missing)"
+    )
     report = augment.run(options)
     (row,) = report.tables["Against peers, milliseconds a batch"]
     assert (row["op"], row["peer"], row["batch"]) == ("mixup()", "numpy", "2x4x4x3 float32")
     assert report.tables["First call"] == []
     assert report.left_out == {
-        "broken, float32, 2x4": "ValueError: bits must be between 1 and 8",
+        "broken, 2x4x4x3 float32": "ValueError: bits must be between 1 and 8",
         "no_such_package": "not installed; pip install 'mixlab[bench]' has the peers",
     }
 
