@@ -1,4 +1,4 @@
-"""The command `mixlab`: `mixlab train --config FILE --workdir DIR`, `mixlab report DIR`, ..."""
+"""The command `mixlab`: its subcommands `train`, `report`, `gallery` and `bench`."""
 
 import argparse
 import os
@@ -26,6 +26,8 @@ usage: mixlab COMMAND ...
       Draws all augmentations on one sheet, or those that are given in detail.
       For example: mixlab gallery "cutmix(alpha=1.0)" "randaugment | mixup" --data folder:photos
       The other options: mixlab gallery --help
+  mixlab bench augment [--quick] [--filter PATTERN] [--out FILE] [--json FILE]
+      Measures mixlab beside other libraries: those of the extra [bench] that are installed.
 """
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
@@ -38,6 +40,7 @@ def main() -> None:
         "train": _train,
         "report": _report,
         "gallery": _gallery,
+        "bench": _bench,
     }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -161,6 +164,17 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
     positive.__name__ = f"positive {kind.__name__}"  # argparse shows it
     return positive
+
+
+def _bench(arguments: Sequence[str]) -> None:
+    from mixlab import bench
+
+    try:
+        bench.main(arguments)
+    except ValueError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(str(error), 1)
 
 
 def _fail(message: str, status: int) -> NoReturn:

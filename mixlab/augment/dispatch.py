@@ -1,10 +1,25 @@
-"""Runs another op on every image of a batch: what policies do, and where their time goes."""
+"""Runs ops image by image: where the formulation depends on the machine, and the time goes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
 from mixlab.types import Array, PyTree
+
+
+def on_cpu() -> bool:
+    """Whether ops are to be formulated for a CPU, rather than for an accelerator."""
+    return jax.default_backend() == "cpu"
+
+
+def each(fn: Callable[[Any], Any], examples: PyTree) -> PyTree:
+    """Applies `fn` along the leading axis: in turn on a CPU, at once on an accelerator.
+
+    A CPU keeps one image in its caches, and runs of a switch only the branch that is taken, where
+    under vmap it would run all of them.
+    """
+    return jax.lax.map(fn, examples) if on_cpu() else jax.vmap(fn)(examples)
 
 
 def run_each(
@@ -31,7 +46,4 @@ def run_each(
 
         return jax.lax.scan(layer, decision[0], decision[1:])[0]
 
-    # A switch over one image runs one branch; under vmap it runs all of them, which on a CPU is
-    # some eighty times the work, but what an accelerator does well.
-    loop = jax.lax.map if jax.default_backend() == "cpu" else lambda f, xs: jax.vmap(f)(xs)
-    return loop(one, (image, branch, argument))
+    return each(one, (image, branch, argument))

@@ -1,8 +1,12 @@
 """FMix: mixing with masks whose spectrum decays, in one, two or three dimensions."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from mixlab.augment.core import Augmentation
 from mixlab.augment.mixing import beta, blend_by_mask, check_alpha, mixed_sample
@@ -87,39 +91,115 @@ def fmix_grey(
 def binarise(
     grey: Array, lam: ArrayLike, *, max_soft: float = 0.0, ceil: ArrayLike = False
 ) -> Array:
-    """Sets the brightest share `lam` of the pixels to one and the others to zero.
+    """Sets the brightest share `lam` of the pixels of every image to one and the others to zero.
 
     With `max_soft` the edge is a ramp from one to zero over 2 * int(n * soft) of the n pixels in
     the order of their brightness, soft the lesser of `max_soft`, `lam` and `1 - lam`; if it is
     `lam` or `1 - lam` that is the lesser, it limits both sides.
 
     Args:
-        grey: brightness, any shape.
-        lam: share in [0, 1].
+        grey: brightness [B, ...] in [0, 1].
+        lam: share in [0, 1], [B].
         max_soft: share of the pixels on either side of the edge that the ramp takes.
-        ceil: bool, round the number of pixels up rather than down.
+        ceil: bool [B], round the number of pixels up rather than down.
 
     Returns:
-        float32 mask in the shape of `grey`.
+        float32 masks in the shape of `grey`.
 
     Source: Harris et al., 2020, section 4, and the released code.
     """
-    n = grey.size
-    lam = jnp.asarray(lam, jnp.result_type(float))
+    flat = grey.reshape(len(grey), -1)
+    n = flat.shape[1]
+    lam = jnp.broadcast_to(jnp.asarray(lam, jnp.result_type(float)), flat.shape[:1])
     count = jnp.where(jnp.asarray(ceil), jnp.ceil(lam * n), jnp.floor(lam * n)).astype(jnp.int32)
+    if max_soft == 0.0:
+        return _brightest(flat, count).astype(jnp.float32).reshape(grey.shape)
     # Equal pixels count as brighter the later they come, as in a reversed ascending sort.
-    order = jnp.argsort(grey.ravel(), stable=True)[::-1]
-    rank = (
-        jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)
-    )
-    mask = (rank < count).astype(jnp.float32)
-    if max_soft > 0.0:
-        share = jnp.minimum(jnp.asarray(max_soft, lam.dtype), jnp.minimum(lam, 1.0 - lam))
-        soft = (share * n).astype(jnp.int32)
-        step = rank - (count - soft)
-        ramp = 1.0 - step.astype(jnp.float32) / jnp.maximum(2 * soft - 1, 1).astype(jnp.float32)
-        mask = jnp.where((step >= 0) & (step < 2 * soft), ramp, mask)
+    rank = n - 1 - jnp.argsort(jnp.argsort(flat, axis=1, stable=True), axis=1).astype(jnp.int32)
+    share = jnp.minimum(jnp.asarray(max_soft, lam.dtype), jnp.minimum(lam, 1.0 - lam))
+    soft = (share * n).astype(jnp.int32)[:, None]
+    count = count[:, None]
+    step = rank - (count - soft)
+    ramp = 1.0 - step.astype(jnp.float32) / jnp.maximum(2 * soft - 1, 1).astype(jnp.float32)
+    mask = jnp.where((step >= 0) & (step < 2 * soft), ramp, (rank < count).astype(jnp.float32))
     return mask.reshape(grey.shape)
+
+
+_DIGIT = 10
+"""Bits that one pass of the selection settles."""
+
+
+def _brightest(x: Array, count: Array) -> Array:
+    """Marks the `count[i]` largest numbers of every row, of equal ones those that come last.
+
+    The bits of floats that are not negative are ordered as they are. The threshold is found digit
+    by digit: a histogram of the numbers that agree with it so far tells the next one. That is
+    three passes, where a sort makes many.
+
+    Args:
+        x: [B, n] in [0, 1].
+        count: int32 [B], in 0..n.
+
+    Returns:
+        bool [B, n].
+    """
+    width = 8 * x.dtype.itemsize
+    unsigned = jnp.dtype(f"uint{width}")
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    rows = jnp.arange(len(x), dtype=jnp.int32)[:, None]
+    passes = math.ceil((width - 2) / _DIGIT)  # the two highest bits of numbers up to one are 0
+
+    def settle(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        threshold, wanted, _ = state
+        shift = (_DIGIT * (passes - 1 - i)).astype(unsigned)
+        rest = bits >> shift
+        agree = rest >> _DIGIT == (threshold >> shift >> _DIGIT)[:, None]
+        place = (rows << _DIGIT) + (rest & (2**_DIGIT - 1)).astype(jnp.int32)
+        place = jnp.where(agree, place, len(x) << _DIGIT).reshape(-1)
+        counts = jnp.zeros(len(x) << _DIGIT, jnp.int32).at[place].add(1, mode="drop")
+        digit, wanted, equal = _nth(counts.reshape(len(x), -1), wanted)
+        return threshold | (digit.astype(unsigned) << shift), wanted, equal
+
+    start = jnp.zeros(len(x), unsigned), count, count
+    threshold, wanted, equal = jax.lax.fori_loop(0, passes, settle, start)
+    threshold = threshold[:, None]
+
+    def exact(_: None) -> Array:
+        return bits >= threshold
+
+    def shared(_: None) -> Array:
+        same = bits == threshold
+        place = jnp.cumsum(same[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+        return (bits > threshold) | (same & (place <= wanted[:, None]))
+
+    return jax.lax.cond(jnp.any(equal > wanted), shared, exact, None)
+
+
+def _nth(counts: Array, n: Array) -> tuple[Array, Array, Array]:
+    """In which bin the n-th is found, counted from the last bin downwards.
+
+    Args:
+        counts: int32 [B, k * k], how many each bin holds.
+        n: int32 [B]; for 0 it is the last bin.
+
+    Returns:
+        int32 [B]: the bin, the n of those in it that is meant, and how many it holds.
+    """
+    k = math.isqrt(counts.shape[1])
+    counts = counts.reshape(-1, k, k)
+
+    def step(counts: Array, n: Array) -> tuple[Array, Array, Array]:
+        above = jnp.cumsum(counts[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+        found = jnp.maximum(jnp.sum(above >= n[:, None], axis=1, dtype=jnp.int32) - 1, 0)
+        held, above = (
+            jnp.take_along_axis(x, found[:, None], axis=1)[:, 0] for x in (counts, above)
+        )
+        return found, n - (above - held), held
+
+    group, n, _ = step(jnp.sum(counts, axis=2, dtype=jnp.int32), n)
+    within = jnp.take_along_axis(counts, group[:, None, None], axis=1)[:, 0]
+    found, n, held = step(within, n)
+    return group * k + found, n, held
 
 
 def fmix_mask(
@@ -157,7 +237,24 @@ def fmix_mask(
     shape = tuple(int(n) for n in shape)
     _check(shape, mode, decay, max_soft)
     grey = fmix_grey(noise, shape, decay=decay, mode=mode)
-    return binarise(grey, lam, max_soft=max_soft, ceil=ceil)
+    return binarise(grey[None], lam, max_soft=max_soft, ceil=ceil)[0]
+
+
+@functools.cache
+def _quantiles() -> np.ndarray:
+    """2^16 equally likely values of the standard normal law, float32."""
+    middles = (np.arange(2**16) + 0.5) / 2**16
+    return scipy.special.ndtri(middles).astype(np.float32)
+
+
+def _noise(key: Key, shape: tuple[int, ...]) -> Array:
+    """Draws standard normal noise [..., 2], to 16 bits: two numbers from one random word.
+
+    The words are most of the work of FMix, and the logarithm in `jax.random.normal` the rest.
+    """
+    words = jax.random.bits(key, shape[:-1], jnp.uint32)
+    index = jax.lax.bitcast_convert_type(words, jnp.uint16).astype(jnp.int32)
+    return jnp.asarray(_quantiles()).at[index].get(mode="promise_in_bounds")
 
 
 def fmix(
@@ -205,15 +302,10 @@ def fmix(
         lam_key, noise_key, ceil_key = jax.random.split(key, 3)
         shape = shape[1:-1]
         lam = beta(lam_key, alpha, (n,), tilted=reformulate)
-        noise = jax.random.normal(noise_key, (n, *noise_shape(shape, mode)))
+        noise = _noise(noise_key, (n, *noise_shape(shape, mode)))
         ceil = jax.random.bernoulli(ceil_key, 0.5, (n,))
-
-        def mask(noise: Array, lam: Array, ceil: Array) -> Array:
-            return fmix_mask(
-                noise, lam, shape, decay=decay, max_soft=max_soft, ceil=ceil, mode=mode
-            )
-
-        return {"lam": lam, "mask": jax.vmap(mask)(noise, lam, ceil)}
+        grey = jax.vmap(lambda noise: fmix_grey(noise, shape, decay=decay, mode=mode))(noise)
+        return {"lam": lam, "mask": binarise(grey, lam, max_soft=max_soft, ceil=ceil)}
 
     return mixed_sample(
         decide,

@@ -14,10 +14,12 @@ even, and weighs the fill in at the border.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import to_dtype
+from mixlab.augment.dispatch import each, on_cpu
 from mixlab.augment.photometric import image_op
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike
@@ -57,7 +59,15 @@ def _fill_color(fill: Fill, image: Array) -> Array:
     return jnp.asarray(color / scale, jnp.result_type(float))
 
 
-def _affine(image: Array, matrix: Matrix, interpolation: str, fill: Fill, dialect: str) -> Array:
+def _affine(
+    image: Array,
+    matrix: Matrix,
+    interpolation: str,
+    fill: Fill,
+    dialect: str,
+    rows_shift: bool = False,
+) -> Array:
+    """Moves an image by an affine map; if `rows_shift`, one that only shifts and exchanges rows."""
     check_sampling(interpolation, dialect)
     color = _fill_color(fill, image)
     coordinates = [jnp.asarray(v, jnp.result_type(float)) for row in matrix for v in row]
@@ -65,15 +75,17 @@ def _affine(image: Array, matrix: Matrix, interpolation: str, fill: Fill, dialec
     height, width = image.shape[:2]
     column = jnp.arange(width, dtype=a.dtype) + 0.5
     row = jnp.arange(height, dtype=a.dtype)[:, None] + 0.5
-    if dialect == "pil" and interpolation == "nearest":
-        x, y = _fixed_point(a, b, c, image), _fixed_point(d, e, f, image)
-        return _pick(image, x, y, color)
     x = a * column + b * row + c
     y = d * column + e * row + f
     if interpolation == "nearest":
-        # The subtraction before rounding makes ties go to the even pixel.
-        x, y = jnp.round(x - 0.5), jnp.round(y - 0.5)
-        return _pick(image, x.astype(jnp.int32), y.astype(jnp.int32), color)
+        if dialect == "pil":
+            x, y = _fixed_point(a, b, c, image), _fixed_point(d, e, f, image)
+        else:
+            # The subtraction before rounding makes ties go to the even pixel.
+            x, y = (jnp.round(v - 0.5).astype(jnp.int32) for v in (x, y))
+        if rows_shift:
+            return _shift_rows(image, y[:, 0], x[:, 0], color)
+        return _pick(image, x, y, color)
     if dialect == "torchvision":
         return to_dtype(_weighted(image, x - 0.5, y - 0.5, color), image.dtype)
     within = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -109,9 +121,36 @@ def _gather(image: Array, x: Array, y: Array) -> Array:
 
 
 def _pick(image: Array, x: Array, y: Array, color: Array) -> Array:
-    height, width = image.shape[:2]
+    """The pixels at columns `x` and rows `y` [H, W], in the colour where they lie outside."""
+    height, width, channels = image.shape
     within = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return jnp.where(within[..., None], _gather(image, x, y), to_dtype(color, image.dtype))
+    fill = jnp.broadcast_to(to_dtype(color, image.dtype), (1, channels))
+    pixels = jnp.concatenate([image.reshape(-1, channels), fill])
+    index = jnp.where(within, y * width + x, height * width)
+    # Row by row, so that the places are found before; else every channel would find them again.
+    return each(lambda row: pixels.at[row].get(mode="promise_in_bounds"), index)
+
+
+def _shift_rows(image: Array, row: Array, shift: Array, color: Array) -> Array:
+    """Fills row i from the columns shifted by `shift[i]` of row `row[i]`, int32 [H]."""
+    height, width, channels = image.shape
+    if not on_cpu():
+        column = jnp.arange(width, dtype=jnp.int32)
+        y = jnp.broadcast_to(row[:, None], (height, width))
+        return _pick(image, column + shift[:, None], y, color)
+    length = width * channels
+    fill = jnp.broadcast_to(to_dtype(color, image.dtype), (width, channels)).reshape(-1)
+    pixels = jnp.concatenate([fill, image.reshape(-1), fill])
+    shift = jnp.where((row >= 0) & (row < height), jnp.clip(shift, -width, width), width) * channels
+    start = (jnp.clip(row, 0, height - 1) + 1) * length + shift
+    place = jnp.arange(length, dtype=jnp.int32)
+
+    def moved(step: tuple[Array, Array]) -> Array:
+        shift, start = step
+        within = (place >= -shift) & (place < length - shift)
+        return jnp.where(within, jax.lax.dynamic_slice(pixels, (start,), (length,)), fill)
+
+    return jax.lax.map(moved, (shift, start)).reshape(image.shape)
 
 
 def _linear(values: list[Array], t: Array) -> Array:
@@ -214,7 +253,9 @@ def shear_x(
     Raises:
         ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
     """
-    return _affine(image, ((1.0, level, 0.0), (0.0, 1.0, 0.0)), interpolation, fill, dialect)
+    matrix = ((1.0, level, 0.0), (0.0, 1.0, 0.0))
+    # torchvision's rounding of halves depends on the column.
+    return _affine(image, matrix, interpolation, fill, dialect, rows_shift=dialect == "pil")
 
 
 @image_op
@@ -257,7 +298,8 @@ def translate_x(
         ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
     """
     offset = _offset(pixels, dialect)
-    return _affine(image, ((1.0, 0.0, offset), (0.0, 1.0, 0.0)), interpolation, fill, dialect)
+    matrix = ((1.0, 0.0, offset), (0.0, 1.0, 0.0))
+    return _affine(image, matrix, interpolation, fill, dialect, rows_shift=True)
 
 
 @image_op
@@ -274,7 +316,8 @@ def translate_y(
     See `translate_x`, with rows and columns exchanged.
     """
     offset = _offset(pixels, dialect)
-    return _affine(image, ((1.0, 0.0, 0.0), (0.0, 1.0, offset)), interpolation, fill, dialect)
+    matrix = ((1.0, 0.0, 0.0), (0.0, 1.0, offset))
+    return _affine(image, matrix, interpolation, fill, dialect, rows_shift=True)
 
 
 def _whole(x: Array) -> Array:

@@ -9,11 +9,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import check_image, to_dtype, working_dtype
+from mixlab.augment.dispatch import each
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike
 
@@ -28,7 +28,7 @@ def image_op(fn: Callable[Concatenate[Array, P], Array]) -> Callable[Concatenate
         image = jnp.asarray(image)
         check_image(image, (3, 4), "image")
         if image.ndim == 4:
-            return jax.vmap(lambda one: fn(one, *args, **kwargs))(image)
+            return each(lambda one: fn(one, *args, **kwargs), image)
         return fn(image, *args, **kwargs)
 
     return op
@@ -209,16 +209,20 @@ def sharpness(image: Array, factor: ArrayLike) -> Array:
         image: uint8 or floating, [H, W, C] or [B, H, W, C].
         factor: scalar.
     """
-    height, width = image.shape[:2]
+    height, width, channels = image.shape
     if height < 3 or width < 3:
         return image
     whole = image.dtype == jnp.uint8
-    x = image.astype(jnp.int32 if whole else working_dtype(image.dtype))
+    # Rows in one piece, so that long vectors are added; 16 bits hold all of the whole numbers.
+    image = image.reshape(height, width * channels)
+    x = image.astype(jnp.uint16 if whole else working_dtype(image.dtype))
     rows = x[:-2] + x[1:-1] + x[2:]
-    total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * x[1:-1, 1:-1]
+    inner = slice(1, -1), slice(channels, -channels)
+    total = rows[:, : -2 * channels] + rows[:, channels:-channels] + rows[:, 2 * channels :]
+    total = total + 4 * x[inner]
     smooth = (2 * total + 13) // 26 if whole else total / 13.0
-    smooth = x.at[1:-1, 1:-1].set(smooth)
-    return _blend(smooth.astype(working_dtype(image.dtype)), image, factor)
+    sharp = _blend(smooth.astype(working_dtype(image.dtype)), image[inner], factor)
+    return image.at[inner].set(sharp).reshape(height, width, channels)
 
 
 @functools.cache
@@ -258,9 +262,9 @@ def autocontrast_table(low: ArrayLike, high: ArrayLike) -> Array:
     span = jnp.maximum(high - low, 1)
     i = jnp.arange(256, dtype=jnp.int32)
     numerator = jnp.clip(i - low, 0, span) * 255
-    quotient = numerator // span
+    quotient = divide(numerator, span)
     missed = errors[span] - errors[span, low] < -forgiven[quotient]
-    stretched = quotient - ((numerator % span == 0) & missed).astype(jnp.int32)
+    stretched = quotient - ((quotient * span == numerator) & missed).astype(jnp.int32)
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), i).astype(jnp.uint8)
 
 
@@ -270,14 +274,33 @@ def autocontrast(image: Array) -> Array:
 
     Equals PIL `ImageOps.autocontrast` exactly, and torchvision and TensorFlow within one level.
     """
-    low, high = jnp.min(image, axis=(0, 1)), jnp.max(image, axis=(0, 1))
+    low, high = _extreme(jnp.minimum, image), _extreme(jnp.maximum, image)
     if image.dtype == jnp.uint8:
-        tables = jax.vmap(autocontrast_table)(low, high)
+        # In a loop, after which they are there; else every pixel would make its own entry.
+        tables = each(lambda ends: autocontrast_table(*ends), (low, high))
         return _look_up(tables, image)
     x = image.astype(working_dtype(image.dtype))
     low, high = low.astype(x.dtype), high.astype(x.dtype)
     span = jnp.where(high > low, high - low, 1.0)
     return jnp.where(high > low, jnp.clip((x - low) / span, 0.0, 1.0), x).astype(image.dtype)
+
+
+def _extreme(lesser: Callable[[Array, Array], Array], image: Array) -> Array:
+    """The least value [C] of every channel, by halves: long vectors, where a reduction goes singly.
+
+    Args:
+        lesser: of two; `jnp.maximum` for the greatest.
+        image: [H, W, C].
+    """
+    height, width, channels = image.shape
+    x = image.reshape(height, width * channels)
+    for shape in (x.shape, (width, channels)):
+        x = x.reshape(shape)
+        while len(x) > 1:
+            # The halves of an odd number overlap.
+            half = (len(x) + 1) // 2
+            x = lesser(x[:half], x[-half:])
+    return x[0]
 
 
 @image_op
@@ -288,23 +311,44 @@ def equalize(image: Array) -> Array:
     first.
     """
     levels = image if image.dtype == jnp.uint8 else to_dtype(_levels(image), jnp.uint8)
-    result = _look_up(jax.vmap(_equalizing_table, in_axes=-1)(levels), levels)
+    result = _look_up(_equalizing_tables(levels), levels)
     if image.dtype == jnp.uint8:
         return result
     return (result.astype(working_dtype(image.dtype)) / 255.0).astype(image.dtype)
 
 
-def _equalizing_table(channel: Array) -> Array:
-    """Makes the table, uint8 [256], from a channel [H, W]."""
-    count = jnp.zeros(256, jnp.int32).at[channel.ravel()].add(1)
-    brightest = jnp.max(channel).astype(jnp.int32)
-    step = (channel.size - count[brightest]) // 255
-    below = jnp.cumsum(count, dtype=jnp.int32) - count
-    table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
-    return jnp.where(step > 0, table, jnp.arange(256, dtype=jnp.int32)).astype(jnp.uint8)
+def _equalizing_tables(image: Array) -> Array:
+    """Makes the tables, uint8 [C, 256], from a uint8 image [H, W, C]."""
+    height, width, channels = image.shape
+    count = jnp.zeros(channels * 256, jnp.int32).at[_places(image)].add(1, mode="promise_in_bounds")
+    count = count.reshape(channels, 256)
+    upto = jnp.cumsum(count, axis=1, dtype=jnp.int32)
+    level = jnp.arange(256, dtype=jnp.int32)
+
+    def table(counts: tuple[Array, Array]) -> Array:
+        count, upto = counts
+        brightest = jnp.max(jnp.where(count > 0, level, 0))
+        step = (height * width - count[brightest]) // 255
+        table = jnp.minimum(divide(step // 2 + upto - count, jnp.maximum(step, 1)), 255)
+        return jnp.where(step > 0, table, level).astype(jnp.uint8)
+
+    return each(table, (count, upto))
+
+
+def divide(n: Array, d: Array) -> Array:
+    """`n // d` of int32, exact up to 2^20, by floats: CPUs have no divisions of integer vectors."""
+    q = (n.astype(jnp.float32) / d.astype(jnp.float32)).astype(jnp.int32)
+    rest = n - q * d
+    return q + (rest >= d).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
+
+
+def _places(image: Array) -> Array:
+    """Where each value of a uint8 image [H, W, C] is in tables [C, 256]: int32 [H * W * C]."""
+    start = jnp.arange(image.shape[-1], dtype=jnp.int32) * 256
+    return (image.astype(jnp.int32) + start).reshape(-1)
 
 
 def _look_up(tables: Array, image: Array) -> Array:
     """Sends every level through the table [C, 256] of its channel."""
-    channels = jnp.arange(image.shape[-1], dtype=jnp.int32)
-    return tables[channels, image.astype(jnp.int32)]
+    found = tables.reshape(-1).at[_places(image)].get(mode="promise_in_bounds")
+    return found.reshape(image.shape)
