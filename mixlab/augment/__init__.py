@@ -11,14 +11,16 @@ from collections.abc import Callable
 
 from mixlab import spec
 from mixlab.augment import ops
-from mixlab.augment.augmix import augmix
-from mixlab.augment.autoaugment import autoaugment
-from mixlab.augment.boxes import cutmix, patchmix, resizemix
 from mixlab.augment.core import Augmentation, chain, identity, one_of, sometimes, views
-from mixlab.augment.crops import normalize, random_crop, random_flip, to_float
+from mixlab.augment.crops import (
+    normalize,
+    random_crop,
+    random_flip,
+    random_resized_crop,
+    to_float,
+)
 from mixlab.augment.efficienttrain import efficienttrain_curriculum, low_frequency_crop
 from mixlab.augment.erasing import cutout, random_erasing
-from mixlab.augment.fourier import fmix, fmix_mask
 from mixlab.augment.jitter import (
     color_jitter,
     random_blur,
@@ -32,20 +34,23 @@ from mixlab.augment.losses import (
     rescale_lam,
     two_hot_loss,
 )
-from mixlab.augment.manifold import hidden_layers, manifold_mixup
-from mixlab.augment.masks import gridmix, smoothmix
-from mixlab.augment.mixing import label_smoothing, mixup
-from mixlab.augment.mosaic import jigsaw, mosaic
+from mixlab.augment.mixing.boxes import cutmix, patchmix, resizemix
+from mixlab.augment.mixing.fourier import fmix, fmix_mask
+from mixlab.augment.mixing.frame import label_smoothing, mixup
+from mixlab.augment.mixing.manifold import hidden_layers, manifold_mixup
+from mixlab.augment.mixing.masks import gridmix, smoothmix
+from mixlab.augment.mixing.mosaic import jigsaw, mosaic
+from mixlab.augment.mixing.transplant import transplant
 from mixlab.augment.multicrop import multi_crop
-from mixlab.augment.policies import (
+from mixlab.augment.policies.augmix import augmix
+from mixlab.augment.policies.autoaugment import autoaugment
+from mixlab.augment.policies.randaugment import (
     randaugment,
     randaugment_arguments,
     three_augment,
     trivialaugment,
 )
-from mixlab.augment.resized import random_resized_crop
-from mixlab.augment.timm import as_calls, timm
-from mixlab.augment.transplant import transplant
+from mixlab.augment.policies.timm import as_calls, timm
 
 CONSTRUCTORS: dict[str, Callable[..., Augmentation]] = {
     fn.__name__: fn

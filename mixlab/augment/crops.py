@@ -1,4 +1,4 @@
-"""The plain parts of a pipeline: padded random crop, random flip, scaling and normalization."""
+"""The plain parts of a pipeline: random crops and flips, scaling and normalization."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,11 @@ from mixlab.augment.core import (
     image_of,
     working_dtype,
 )
+from mixlab.augment.ops.resized import check_interpolation, pair_of, resized_boxes
 from mixlab.spec import nearest
 from mixlab.types import Array, Batch, Key, Plan
+
+_ATTEMPTS = 10
 
 
 def _no_decision(key: Key, batch: Batch) -> Plan:
@@ -107,6 +110,121 @@ def _crop_axis(image: Array, start: Array, length: int, axis: int, mode: str) ->
         image, jnp.clip(index, 0, full - 1).reshape(shape), axis=axis, mode="promise_in_bounds"
     )
     return taken if mode == "reflect" else jnp.where(within, taken, jnp.zeros_like(taken))
+
+
+def random_resized_crop(
+    size: int | tuple[int, int],
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
+) -> Augmentation:
+    """Crops a box of random area and aspect and resizes it to one size.
+
+    The area is uniform, the logarithm of width over height too, sides are rounded, the corner is
+    uniform. A box that does not fit is drawn again, ten times at most; then it is the largest one
+    in the middle whose aspect is in range. Equals torchvision `RandomResizedCrop` in everything
+    but the random numbers; mirroring is apart: `random_resized_crop(224) | random_flip()`.
+
+    Args:
+        size: height and width of the result, one number for both.
+        scale: range of the share of the image's area.
+        ratio: range of width over height.
+        interpolation: `"nearest"`, `"bilinear"` or `"bicubic"`, see `ops.resize`.
+        antialias: widen the filter where the crop is larger than the result, see `ops.resize`.
+
+    Returns:
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `box` int32 [B, 4],
+        half-open (top, left, bottom, right).
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: Szegedy et al., "Going Deeper with Convolutions", 2015, section 6; torchvision
+    `RandomResizedCrop`.
+    """
+    wanted = pair_of(size)
+    check_area(scale, ratio)
+    check_interpolation(interpolation)
+
+    def sample(key: Key, batch: Batch) -> Plan:
+        shape = image_of(batch, ranks=(4, 5)).shape
+        return {"box": random_boxes(key, shape[:1], (shape[-3], shape[-2]), scale, ratio)}
+
+    def apply(plan: Plan, batch: Batch) -> Batch:
+        image = image_of(batch, ranks=(4, 5))
+        box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
+        crop = resized_boxes(image, box[:, None], wanted, interpolation, antialias)[:, 0]
+        return follow_box(batch, crop, box, wanted)
+
+    return Augmentation(sample, apply)
+
+
+def check_area(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """Raises a `ValueError` unless both are ranges that boxes can be drawn from."""
+    if len(scale) != 2 or not 0.0 < scale[0] <= scale[1] <= 1.0:
+        raise ValueError(f"scale is a pair 0 < min <= max <= 1 of shares of the area, got {scale}")
+    if len(ratio) != 2 or not 0.0 < ratio[0] <= ratio[1] < np.inf:
+        raise ValueError(f"ratio is a pair 0 < min <= max of width over height, got {ratio}")
+
+
+def random_boxes(
+    key: Key,
+    shape: tuple[int, ...],
+    extent: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Array:
+    """The boxes of torchvision's `RandomResizedCrop`, int32 [*shape, 4].
+
+    Args:
+        key: typed PRNG key.
+        shape: of the draws.
+        extent: height and width of the image.
+        scale: range of the share of the image's area.
+        ratio: range of width over height.
+    """
+    area_key, ratio_key, corner_key = jax.random.split(key, 3)
+    draws = (*shape, _ATTEMPTS)
+    height, width = extent
+    area = jax.random.uniform(area_key, draws, minval=scale[0], maxval=scale[1]) * (height * width)
+    low, high = np.log(ratio)
+    aspect = jnp.exp(jax.random.uniform(ratio_key, draws, minval=low, maxval=high))
+    side = jnp.stack([jnp.sqrt(area / aspect), jnp.sqrt(area * aspect)], axis=-1)
+    side = jnp.round(side).astype(jnp.int32)
+    length = jnp.asarray(extent, jnp.int32)
+    fits = jnp.all((side > 0) & (side <= length), axis=-1)
+    first = jnp.argmax(fits, axis=-1)[..., None, None]
+    side = jnp.take_along_axis(side, first, axis=-2)[..., 0, :]
+    corner = jax.random.randint(corner_key, side.shape, 0, length - side + 1, jnp.int32)
+
+    # Where none of the draws fits: the largest box in the middle that has an allowed ratio.
+    if width / height < ratio[0]:
+        largest = (round(width / ratio[0]), width)
+    elif width / height > ratio[1]:
+        largest = (height, round(height * ratio[1]))
+    else:
+        largest = extent
+    middle = jnp.asarray([(n - m) // 2 for n, m in zip(extent, largest, strict=True)], jnp.int32)
+    found = jnp.any(fits, axis=-1)[..., None]
+    side = jnp.where(found, side, jnp.asarray(largest, jnp.int32))
+    corner = jnp.where(found, corner, middle)
+    return jnp.concatenate([corner, corner + side], axis=-1)
+
+
+def follow_box(batch: Batch, image: Array, box: Array, size: tuple[int, int]) -> Batch:
+    """The batch with the resized box [B, 4] as its image, and its targets moved likewise."""
+
+    def move(mask: Array) -> Array:
+        return resized_boxes(mask, box[:, None], size, "nearest", False)[:, 0]
+
+    corner = box.astype(jnp.float32)
+    scale = [(corner[:, i + 2] - corner[:, i]) / size[i] for i in (0, 1)]
+    moved = targets.upright_matrix(
+        scale=(scale[0], scale[1]), offset=(corner[:, 0], corner[:, 1]), size=len(box)
+    )
+    return targets.follow(batch, image, move, [moved])
 
 
 def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augmentation:

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import Augmentation, image_of, to_dtype, working_dtype
-from mixlab.augment.resized import follow_box, for_each, pair_of
+from mixlab.augment.crops import follow_box
+from mixlab.augment.ops.dispatch import each
+from mixlab.augment.ops.resized import pair_of
 from mixlab.spec import nearest
 from mixlab.types import Array, Batch, Key, Plan
 
@@ -100,7 +102,7 @@ def low_frequency_crop(band: int | tuple[int, int]) -> Augmentation:
             return to_dtype(low, image.dtype)
 
         whole = jnp.broadcast_to(jnp.asarray((0, 0, *size), jnp.int32), (len(image), 4))
-        return follow_box(batch, for_each(crop, image), whole, wanted)
+        return follow_box(batch, each(crop, image), whole, wanted)
 
     return Augmentation(sample, apply)
 

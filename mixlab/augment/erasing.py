@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.boxes import inside
 from mixlab.augment.core import (
     Augmentation,
     along_batch,
@@ -15,6 +14,7 @@ from mixlab.augment.core import (
     to_dtype,
     working_dtype,
 )
+from mixlab.augment.mixing.boxes import inside
 from mixlab.types import Array, Batch, Key, Plan
 
 _ATTEMPTS = 10

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.blur import gaussian_blur
 from mixlab.augment.core import Augmentation, check_probability, image_of
-from mixlab.augment.dispatch import run_each
-from mixlab.augment.photometric import brightness as brighten
-from mixlab.augment.photometric import color, solarize
-from mixlab.augment.photometric import contrast as set_contrast
-from mixlab.augment.tones import grayscale
-from mixlab.augment.tones import hue as turn_hue
+from mixlab.augment.ops.blur import gaussian_blur
+from mixlab.augment.ops.dispatch import run_each
+from mixlab.augment.ops.photometric import brightness as brighten
+from mixlab.augment.ops.photometric import color, solarize
+from mixlab.augment.ops.photometric import contrast as set_contrast
+from mixlab.augment.ops.tones import grayscale
+from mixlab.augment.ops.tones import hue as turn_hue
 from mixlab.types import Array, Batch, Key, Plan
 
 Range = float | tuple[float, float]

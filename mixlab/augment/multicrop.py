@@ -7,13 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from mixlab.augment.core import Augmentation, check_augmentations, identity, image_of
-from mixlab.augment.resized import (
-    check_area,
-    check_interpolation,
-    pair_of,
-    random_boxes,
-    resized_boxes,
-)
+from mixlab.augment.crops import check_area, random_boxes
+from mixlab.augment.ops.resized import check_interpolation, pair_of, resized_boxes
 from mixlab.augment.targets import refuse
 from mixlab.types import Array, Batch, Key, Plan
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from mixlab import augment, data, trees
 from mixlab.augment import Augmentation
 from mixlab.augment.core import image_of
-from mixlab.augment.spaces import GEOMETRIC
+from mixlab.augment.policies.spaces import GEOMETRIC
 from mixlab.data import embedded
 from mixlab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW
 from mixlab.gallery.catalogue import METHODS, OPS, SHARES, Method

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mixlab import augment
-from mixlab.augment.boxes import cutmix_box, resizemix_box
-from mixlab.augment.fourier import fmix_grey
+from mixlab.augment.mixing.boxes import cutmix_box, resizemix_box
+from mixlab.augment.mixing.fourier import fmix_grey
 from tests.reference import mixing
 
 SIZES = [(5, 12, 7), (1, 6, 16)]

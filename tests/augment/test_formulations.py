@@ -7,8 +7,8 @@ import pytest
 
 from mixlab import augment
 from mixlab.augment import ops
-from mixlab.augment.fourier import _brightest
-from mixlab.augment.photometric import divide
+from mixlab.augment.mixing.fourier import _brightest
+from mixlab.augment.ops.photometric import divide
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mixlab import augment
-from mixlab.augment import boxes, fourier, masks, policies
+from mixlab.augment.mixing import boxes, fourier, masks
+from mixlab.augment.policies import randaugment as policies
 from tests import golden
 
 K = 10

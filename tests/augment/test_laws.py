@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mixlab import augment
-from mixlab.augment import mixing
+from mixlab.augment.mixing import frame as mixing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

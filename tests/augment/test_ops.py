@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mixlab.augment import ops
-from mixlab.augment.photometric import autocontrast_table
+from mixlab.augment.ops.photometric import autocontrast_table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

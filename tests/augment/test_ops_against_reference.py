@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mixlab import augment
-from mixlab.augment.policies import randaugment_arguments
+from mixlab.augment.policies.randaugment import randaugment_arguments
 from tests.reference import images
 
 HEIGHT, WIDTH = 11, 14

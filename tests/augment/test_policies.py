@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from mixlab import augment
-from mixlab.augment import policies
+from mixlab.augment.policies import randaugment as policies
 from tests import golden
 from tests.augment.test_golden import OPS
 from tests.augment.test_laws import assert_share, plan_of

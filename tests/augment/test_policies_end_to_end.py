@@ -8,12 +8,12 @@ from PIL import Image, ImageFilter
 from scipy import stats
 
 from mixlab import augment
-from mixlab.augment.augmix import SPACES, dirichlet
-from mixlab.augment.autoaugment import POLICIES
-from mixlab.augment.autoaugment_tables import TABLES
-from mixlab.augment.blur import gaussian_blur
-from mixlab.augment.policies import RANDAUGMENT, WIDE
-from mixlab.augment.spaces import timm_rules
+from mixlab.augment.ops.blur import gaussian_blur
+from mixlab.augment.policies.augmix import SPACES, dirichlet
+from mixlab.augment.policies.autoaugment import POLICIES
+from mixlab.augment.policies.autoaugment_tables import TABLES
+from mixlab.augment.policies.randaugment import RANDAUGMENT, WIDE
+from mixlab.augment.policies.spaces import timm_rules
 from tests import golden
 from tests.augment.test_laws import assert_share, plan_of
 from tests.augment.test_policies import assert_recorded

@@ -12,7 +12,8 @@ from scipy import stats
 
 from mixlab import augment
 from mixlab.augment import ops
-from mixlab.augment.resized import random_boxes, resized_boxes
+from mixlab.augment.crops import random_boxes
+from mixlab.augment.ops.resized import resized_boxes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import check_image, to_dtype, working_dtype
-from mixlab.augment.dispatch import each
+from mixlab.augment.ops.dispatch import each
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment import google, ops
-from mixlab.augment.blur import gaussian_blur
-from mixlab.augment.dispatch import run_each
-from mixlab.augment.geometric import Fill, _affine, _whole, check_sampling
+from mixlab.augment import ops
+from mixlab.augment.ops import google
+from mixlab.augment.ops.blur import gaussian_blur
+from mixlab.augment.ops.dispatch import run_each
+from mixlab.augment.ops.geometric import Fill, _affine, _whole, check_sampling
 from mixlab.types import Array, ArrayLike, Key, Plan
 
 Part = Callable[[float], Array]

@@ -1,26 +1,21 @@
-"""Boxes resized to one size: what crops of random size are made of, and the op `resize`."""
+"""Resizing: boxes to one size, which crops of random size are made of, and the op `resize`."""
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment import targets
 from mixlab.augment.core import (
-    Augmentation,
     check_image,
-    image_of,
     working_dtype,
 )
-from mixlab.augment.photometric import image_op
+from mixlab.augment.ops.dispatch import each, on_cpu
+from mixlab.augment.ops.photometric import image_op
 from mixlab.spec import nearest
-from mixlab.types import Array, Batch, Key, Plan, PyTree
+from mixlab.types import Array
 
-_ATTEMPTS = 10
 _TILE = 32
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
@@ -123,14 +118,6 @@ def _weighted(x: Array, start: Array, weight: Array, axis: int, size: int) -> Ar
     return jax.lax.slice_in_dim(tiles.reshape(shape), 0, size, axis=axis)
 
 
-def for_each(f: Callable[[Any], Array], xs: PyTree) -> Array:
-    """Maps `f` over the leading axis.
-
-    One after the other, an image stays in the cache of a CPU; an accelerator takes all at once.
-    """
-    return jax.lax.map(f, xs) if jax.default_backend() == "cpu" else jax.vmap(f)(xs)
-
-
 def resized_box(
     image: Array, box: Array, size: tuple[int, int], interpolation: str, antialias: bool
 ) -> Array:
@@ -161,7 +148,7 @@ def resized_box(
             out = jnp.take(out, source, axis=axis, mode="clip")
             continue
         # A matrix has few entries off its diagonal, which a CPU is better off without.
-        tile = min(n, _TILE) if jax.default_backend() == "cpu" else n
+        tile = min(n, _TILE) if on_cpu() else n
         bicubic = interpolation == "bicubic"
         start, weight = _weights(low[axis], high[axis], length, n, tile, bicubic, antialias)
         out = _weighted(out, start, weight.astype(working_dtype(image.dtype)), axis, n)
@@ -191,11 +178,11 @@ def resized_boxes(
             def frame(x: Array) -> Array:
                 return resized_box(x, box, size, interpolation, antialias)
 
-            return frame(example[0]) if image.ndim == 4 else for_each(frame, example[0])
+            return frame(example[0]) if image.ndim == 4 else each(frame, example[0])
 
-        return for_each(one, example[1])
+        return each(one, example[1])
 
-    return for_each(boxes, (image, box))
+    return each(boxes, (image, box))
 
 
 def resize(
@@ -255,118 +242,3 @@ def center_crop(image: Array, size: int | tuple[int, int]) -> Array:
         )
     top, left = (round(n / 2) for n in room)  # half a pixel to the even one
     return image[top : top + wanted[0], left : left + wanted[1]]
-
-
-def check_area(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
-    """Raises a `ValueError` unless both are ranges that boxes can be drawn from."""
-    if len(scale) != 2 or not 0.0 < scale[0] <= scale[1] <= 1.0:
-        raise ValueError(f"scale is a pair 0 < min <= max <= 1 of shares of the area, got {scale}")
-    if len(ratio) != 2 or not 0.0 < ratio[0] <= ratio[1] < np.inf:
-        raise ValueError(f"ratio is a pair 0 < min <= max of width over height, got {ratio}")
-
-
-def random_boxes(
-    key: Key,
-    shape: tuple[int, ...],
-    extent: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Array:
-    """The boxes of torchvision's `RandomResizedCrop`, int32 [*shape, 4].
-
-    Args:
-        key: typed PRNG key.
-        shape: of the draws.
-        extent: height and width of the image.
-        scale: range of the share of the image's area.
-        ratio: range of width over height.
-    """
-    area_key, ratio_key, corner_key = jax.random.split(key, 3)
-    draws = (*shape, _ATTEMPTS)
-    height, width = extent
-    area = jax.random.uniform(area_key, draws, minval=scale[0], maxval=scale[1]) * (height * width)
-    low, high = np.log(ratio)
-    aspect = jnp.exp(jax.random.uniform(ratio_key, draws, minval=low, maxval=high))
-    side = jnp.stack([jnp.sqrt(area / aspect), jnp.sqrt(area * aspect)], axis=-1)
-    side = jnp.round(side).astype(jnp.int32)
-    length = jnp.asarray(extent, jnp.int32)
-    fits = jnp.all((side > 0) & (side <= length), axis=-1)
-    first = jnp.argmax(fits, axis=-1)[..., None, None]
-    side = jnp.take_along_axis(side, first, axis=-2)[..., 0, :]
-    corner = jax.random.randint(corner_key, side.shape, 0, length - side + 1, jnp.int32)
-
-    # Where none of the draws fits: the largest box in the middle that has an allowed ratio.
-    if width / height < ratio[0]:
-        largest = (round(width / ratio[0]), width)
-    elif width / height > ratio[1]:
-        largest = (height, round(height * ratio[1]))
-    else:
-        largest = extent
-    middle = jnp.asarray([(n - m) // 2 for n, m in zip(extent, largest, strict=True)], jnp.int32)
-    found = jnp.any(fits, axis=-1)[..., None]
-    side = jnp.where(found, side, jnp.asarray(largest, jnp.int32))
-    corner = jnp.where(found, corner, middle)
-    return jnp.concatenate([corner, corner + side], axis=-1)
-
-
-def follow_box(batch: Batch, image: Array, box: Array, size: tuple[int, int]) -> Batch:
-    """The batch with the resized box [B, 4] as its image, and its targets moved likewise."""
-
-    def move(mask: Array) -> Array:
-        return resized_boxes(mask, box[:, None], size, "nearest", False)[:, 0]
-
-    corner = box.astype(jnp.float32)
-    scale = [(corner[:, i + 2] - corner[:, i]) / size[i] for i in (0, 1)]
-    moved = targets.upright_matrix(
-        scale=(scale[0], scale[1]), offset=(corner[:, 0], corner[:, 1]), size=len(box)
-    )
-    return targets.follow(batch, image, move, [moved])
-
-
-def random_resized_crop(
-    size: int | tuple[int, int],
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    *,
-    interpolation: str = "bilinear",
-    antialias: bool = True,
-) -> Augmentation:
-    """Crops a box of random area and aspect and resizes it to one size.
-
-    The area is uniform, the logarithm of width over height too, sides are rounded, the corner is
-    uniform. A box that does not fit is drawn again, ten times at most; then it is the largest one
-    in the middle whose aspect is in range. Equals torchvision `RandomResizedCrop` in everything
-    but the random numbers; mirroring is apart: `random_resized_crop(224) | random_flip()`.
-
-    Args:
-        size: height and width of the result, one number for both.
-        scale: range of the share of the image's area.
-        ratio: range of width over height.
-        interpolation: `"nearest"`, `"bilinear"` or `"bicubic"`, see `ops.resize`.
-        antialias: widen the filter where the crop is larger than the result, see `ops.resize`.
-
-    Returns:
-        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `box` int32 [B, 4],
-        half-open (top, left, bottom, right).
-
-    Raises:
-        ValueError: an argument is out of its range.
-
-    Source: Szegedy et al., "Going Deeper with Convolutions", 2015, section 6; torchvision
-    `RandomResizedCrop`.
-    """
-    wanted = pair_of(size)
-    check_area(scale, ratio)
-    check_interpolation(interpolation)
-
-    def sample(key: Key, batch: Batch) -> Plan:
-        shape = image_of(batch, ranks=(4, 5)).shape
-        return {"box": random_boxes(key, shape[:1], (shape[-3], shape[-2]), scale, ratio)}
-
-    def apply(plan: Plan, batch: Batch) -> Batch:
-        image = image_of(batch, ranks=(4, 5))
-        box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
-        crop = resized_boxes(image, box[:, None], wanted, interpolation, antialias)[:, 0]
-        return follow_box(batch, crop, box, wanted)
-
-    return Augmentation(sample, apply)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mixlab.augment.core import to_dtype
-from mixlab.augment.geometric import Fill, _fill_color
+from mixlab.augment.ops.geometric import Fill, _fill_color
 from mixlab.types import Array
 
 

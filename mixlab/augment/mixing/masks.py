@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import Augmentation
-from mixlab.augment.mixing import beta, blend_by_mask, check_alpha, mixed_sample
+from mixlab.augment.mixing.frame import beta, blend_by_mask, check_alpha, mixed_sample
 from mixlab.types import Array, ArrayLike, Key, Plan
 
 Range = float | tuple[float, float]

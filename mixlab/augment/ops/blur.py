@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mixlab.augment.core import working_dtype
-from mixlab.augment.photometric import image_op
+from mixlab.augment.ops.photometric import image_op
 from mixlab.types import Array, ArrayLike
 
 _PASSES = 3

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.autoaugment_tables import TABLES
 from mixlab.augment.core import Augmentation
-from mixlab.augment.geometric import Fill
-from mixlab.augment.policies import check_deviation, space_policy, spread
-from mixlab.augment.spaces import Space, google_rules, only, timm_rules, torchvision_rules
+from mixlab.augment.ops.geometric import Fill
+from mixlab.augment.policies.autoaugment_tables import TABLES
+from mixlab.augment.policies.randaugment import check_deviation, space_policy, spread
+from mixlab.augment.policies.spaces import Space, google_rules, only, timm_rules, torchvision_rules
 from mixlab.spec import nearest
 from mixlab.types import Key, Plan
 

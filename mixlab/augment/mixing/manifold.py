@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mixlab.augment.core import along_batch, image_of, soft_label_of
-from mixlab.augment.mixing import lam_of, lerp, mixup
+from mixlab.augment.mixing.frame import lam_of, lerp, mixup
 from mixlab.spec import nearest
 from mixlab.types import Array, Batch, Key, Plan
 

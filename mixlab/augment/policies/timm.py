@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from mixlab.augment.augmix import augmix
-from mixlab.augment.autoaugment import autoaugment
 from mixlab.augment.core import Augmentation
-from mixlab.augment.geometric import Fill
-from mixlab.augment.policies import RANDAUGMENT, random_ops, spread, three_augment
-from mixlab.augment.spaces import Space, only, timm_rules
+from mixlab.augment.ops.geometric import Fill
+from mixlab.augment.policies.augmix import augmix
+from mixlab.augment.policies.autoaugment import autoaugment
+from mixlab.augment.policies.randaugment import RANDAUGMENT, random_ops, spread, three_augment
+from mixlab.augment.policies.spaces import Space, only, timm_rules
 from mixlab.spec import nearest
 from mixlab.types import Array, Key
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mixlab.augment.core import Augmentation, image_of
-from mixlab.augment.mixing import blend_by_mask, mixed_sample
+from mixlab.augment.mixing.frame import blend_by_mask, mixed_sample
 from mixlab.augment.targets import mask_of
 from mixlab.types import Array, Batch, Key, Plan
 

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.geometric import Fill, Matrix, _affine
-from mixlab.augment.photometric import image_op
+from mixlab.augment.ops.geometric import Fill, Matrix, _affine
+from mixlab.augment.ops.photometric import image_op
 from mixlab.types import Array, ArrayLike
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from mixlab.augment import targets
 from mixlab.augment.core import Augmentation, check_probability, image_of
-from mixlab.augment.geometric import Fill
-from mixlab.augment.spaces import (
+from mixlab.augment.ops.geometric import Fill
+from mixlab.augment.policies.spaces import (
     NOT_OF_RANDAUGMENT,
     Space,
     google_rules,

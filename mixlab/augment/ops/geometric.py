@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import to_dtype
-from mixlab.augment.dispatch import each, on_cpu
-from mixlab.augment.photometric import image_op
+from mixlab.augment.ops.dispatch import each, on_cpu
+from mixlab.augment.ops.photometric import image_op
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike
 

@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import Augmentation, along_batch, image_of, working_dtype
-from mixlab.augment.geometric import Fill
-from mixlab.augment.mixing import beta, check_alpha
-from mixlab.augment.policies import check_deviation, spread
-from mixlab.augment.spaces import NOT_OF_RANDAUGMENT, Space, timm_rules, torchvision_rules, without
+from mixlab.augment.mixing.frame import beta, check_alpha
+from mixlab.augment.ops.geometric import Fill
+from mixlab.augment.policies.randaugment import check_deviation, spread
+from mixlab.augment.policies.spaces import (
+    NOT_OF_RANDAUGMENT,
+    Space,
+    timm_rules,
+    torchvision_rules,
+    without,
+)
 from mixlab.spec import nearest
 from mixlab.types import Array, Batch, Key, Plan
 

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.special
 
 from mixlab.augment.core import Augmentation
-from mixlab.augment.mixing import beta, blend_by_mask, check_alpha, mixed_sample
+from mixlab.augment.mixing.frame import beta, blend_by_mask, check_alpha, mixed_sample
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Key, Plan
 

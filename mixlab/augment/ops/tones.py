@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mixlab.augment.core import working_dtype
-from mixlab.augment.photometric import color, image_op
+from mixlab.augment.ops.photometric import color, image_op
 from mixlab.types import Array, ArrayLike
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from mixlab.augment.core import Augmentation, to_dtype, working_dtype
-from mixlab.augment.dispatch import on_cpu
-from mixlab.augment.mixing import Mixed, beta, check_alpha, lam_of, mixed_sample
-from mixlab.augment.photometric import divide
+from mixlab.augment.mixing.frame import Mixed, beta, check_alpha, lam_of, mixed_sample
+from mixlab.augment.ops.dispatch import on_cpu
+from mixlab.augment.ops.photometric import divide
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Key, Plan
 

@@ -4,10 +4,10 @@ Each takes one image [H, W, C] or a batch [B, H, W, C], uint8 in 0..255 or float
 draws no random numbers.
 """
 
-from mixlab.augment.affine import affine
-from mixlab.augment.blur import gaussian_blur
-from mixlab.augment.geometric import rotate, shear_x, shear_y, translate_x, translate_y
-from mixlab.augment.photometric import (
+from mixlab.augment.ops.affine import affine
+from mixlab.augment.ops.blur import gaussian_blur
+from mixlab.augment.ops.geometric import rotate, shear_x, shear_y, translate_x, translate_y
+from mixlab.augment.ops.photometric import (
     autocontrast,
     brightness,
     color,
@@ -19,8 +19,8 @@ from mixlab.augment.photometric import (
     solarize,
     solarize_add,
 )
-from mixlab.augment.resized import center_crop, resize
-from mixlab.augment.tones import gamma, grayscale, hue
+from mixlab.augment.ops.resized import center_crop, resize
+from mixlab.augment.ops.tones import gamma, grayscale, hue
 
 __all__ = [
     "affine",

@@ -1,0 +1,1 @@
+"""Mixing an example with others of the batch, a family of methods a file."""
