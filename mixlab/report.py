@@ -198,12 +198,16 @@ def _seeds(runs: list[Run]) -> list[int]:
 
 
 def _groups(runs: list[Run]) -> list[list[Run]]:
-    """The runs, those together that differ in nothing but the seed."""
+    """The runs, those together that differ in nothing but the seed, as far as all have come."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = json.dumps({**run.setup["config"], "seed": None}, sort_keys=True)
         groups.setdefault(key, []).append(run)
-    return list(groups.values())
+    together = []
+    for group in groups.values():
+        count = min(len(run.records) for run in group)
+        together.append([run._replace(records=run.records[:count]) for run in group])
+    return together
 
 
 def _names(run: Run, runs: list[Run]) -> list[str]:
@@ -246,7 +250,9 @@ def _about(runs: list[Run]) -> str:
     config = setup["config"]
     compared = "augment" in _differing(runs)
     augmentation = "" if compared else f"; augmentation `{config['augment']}`"
-    model = f"{config['model']} ({setup['parameters']:,} parameters) on {config['data']}"
+    splits = config["train_split"], config["test_split"]
+    some = "" if splits == ("train", "test") else " ({}, {})".format(*splits)
+    model = f"{config['model']} ({setup['parameters']:,} parameters) on {config['data']}{some}"
     optimizer = f"optimizer `{config['optimizer']}`, batch {config['batch_size']}"
     if _alone(runs):
         epochs = config["pretrain_epochs"] + config["rounds"] * config["epochs_per_round"]
@@ -375,9 +381,8 @@ def _figures_of_many(runs: list[Run]) -> dict[str, tuple[Figure, str]]:
 
 
 def _over_seeds(group: list[Run], name: str) -> np.ndarray:
-    """What was recorded under `name`, [seeds, records, ...], as far as all runs have come."""
-    count = min(len(run.records) for run in group)
-    return np.array([[record[name] for record in run.records[:count]] for run in group])
+    """What was recorded under `name`, [seeds, records, ...], NaN where it was not."""
+    return np.array([[record.get(name, np.nan) for record in run.records] for run in group])
 
 
 def _epochs(group: list[Run]) -> np.ndarray:

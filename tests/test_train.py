@@ -154,9 +154,9 @@ def test_one_agent_is_told_of_as_ordinary_training(alone):
     assert {path.stem for path in (workdir / "figures").iterdir()} == {"accuracy", "augmentation"}
 
 
-def copies(source, workdir, variants):
-    """Runs that were not run: `source` under other configs and with other test accuracies."""
-    for number, (fields, accuracy) in enumerate(variants):
+def copies(workdir, variants):
+    """Runs that were not run: others under other configs and with other test accuracies."""
+    for number, (source, fields, accuracy) in enumerate(variants):
         folder = workdir / "runs" / str(number)
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoints"))
         setup = json.loads((folder / "setup.json").read_text())
@@ -187,7 +187,8 @@ def test_seeds_share_a_row_and_augmentations_their_base(alone, tmp_path):
         *(({"augment": mixed, "seed": seed}, [x]) for seed, x in enumerate((0.8, 0.9))),
         ({"augment": f"{base} | mixup | cutout(4)", "seed": 0}, [0.25]),
     ]
-    text = copies(alone[0] / "runs" / "none", tmp_path, variants)
+    run = alone[0] / "runs" / "none"
+    text = copies(tmp_path, [(run, *variant) for variant in variants])
     assert [row[:2] for row in rows_of(text)] == [
         ["augment", "accuracy"],
         ["base alone", "62.0 ± 13.1"],  # statistics.stdev([50, 60, 76]) == 13.11...
@@ -207,15 +208,20 @@ def test_seeds_share_a_row_and_augmentations_their_base(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_seeds_of_several_agents_share_a_row(sweep, tmp_path):
-    variants = [({"seed": 0}, [0.2, 0.4, 0.6, 0.8]), ({"seed": 1}, [0.6, 0.7, 0.8, 0.9])]
-    text = copies(sweep / "runs" / "dimat", tmp_path, variants)
-    head, row = rows_of(text)
-    shown = dict(zip(head, row, strict=True))
-    assert shown["local mean"] == "62.5 ± 17.7"
-    assert shown["local worst"] == "40.0 ± 28.3"
-    assert shown["MB sent"].endswith("± 0.0")
-    assert "ECE" not in shown  # ways to communicate are compared here
+def test_seeds_of_several_agents_share_a_row_beside_one_agent(sweep, alone, tmp_path):
+    dimat = sweep / "runs" / "dimat"
+    variants = [
+        (dimat, {"seed": 0}, [0.2, 0.4, 0.6, 0.8]),
+        (dimat, {"seed": 1}, [0.6, 0.7, 0.8, 0.9]),
+        (alone[0] / "runs" / "none", {}, [0.9]),
+    ]
+    head, several, one = rows_of(copies(tmp_path, variants))
+    several, one = (dict(zip(head, row, strict=True)) for row in (several, one))
+    assert several["local mean"] == "62.5 ± 17.7"
+    assert several["local worst"] == "40.0 ± 28.3"
+    assert several["MB sent"].endswith("± 0.0")
+    assert (one["local mean"], one["consensus"], one["distance"]) == ("90.0", "-", "-")
+    assert "ECE" not in head  # ways to communicate are compared here
 
 
 def test_a_diverging_run_names_step_and_agent_and_keeps_its_checkpoint(tmp_path):
