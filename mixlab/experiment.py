@@ -53,7 +53,7 @@ def default_config() -> ConfigDict:
     config.devices = config_dict.placeholder(int)
     config.checkpoint_every_steps = config_dict.placeholder(int)  # by default: every round
     config.keep_checkpoints = 2
-    # Field -> tuple of values; every combination is run.
+    # Field -> tuple of values; every combination is run. The report averages over seeds.
     config.sweep = ConfigDict()
     return config
 

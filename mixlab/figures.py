@@ -193,7 +193,9 @@ def calibration(points: dict[str, dict[str, np.ndarray]]) -> Figure:
         ax.set_xlabel("test accuracy, %")
         ax.set_ylabel("expected calibration error, %")
         ax.set_ylim(0, None)
-        figure.legend(loc="outside right center", fontsize=8)
+        several = max(len(point["ece"]) for point in points.values()) > 1
+        title = "mean ± deviation over seeds" if several else None
+        figure.legend(loc="outside right center", title=title, fontsize=8, title_fontsize=8)
     return figure
 
 
