@@ -53,7 +53,7 @@ def default_config() -> ConfigDict:
     config.devices = config_dict.placeholder(int)
     config.checkpoint_every_steps = config_dict.placeholder(int)  # by default: every round
     config.keep_checkpoints = 2
-    # Field -> tuple of values; every combination is run.
+    # Field -> tuple of values; every combination is run. The report averages over seeds.
     config.sweep = ConfigDict()
     return config
 
@@ -82,6 +82,10 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 """What `config.optimizer` may name: optax's own optimizers, transformations and schedules."""
 
 
+CALIBRATION_BINS = 15
+"""Bins of equal width into which `test_ece` sorts the confidences, as Guo et al. do."""
+
+
 class Experiment(NamedTuple):
     """A config made real: what `mixlab.train` needs to train, evaluate and describe it.
 
@@ -94,8 +98,10 @@ class Experiment(NamedTuple):
         step: `step(carry, held, step, alone) -> carry`; the old carry's memory is reused.
             `alone` means that nobody mixes (before the first round).
         communicate: `communicate(carry) -> carry`.
-        test: `test(variables) -> {"accuracy": [A], "loss": [A]}` of every agent.
-        consensus: `consensus(variables) -> dict` of the accuracies and distances of consensus.
+        test: `test(variables) -> dict` of the accuracy, loss, confidence (mean of the largest
+            probability) and ece (expected calibration error) of every agent, each [A].
+        consensus: `consensus(variables) -> dict` of the accuracies, calibration error and
+            distances of consensus; empty for one agent, who has nobody to agree with.
         about: what the report says of the set-up, as JSON can hold it.
         sheet: arrays of a few training images before and after augmentation, with their labels.
     """
@@ -176,16 +182,20 @@ def prepare(config: ConfigDict) -> Experiment:
         batch_stats=_batch_stats(model, variables),
         assignment="scipy" if host_callbacks_are_safe(parallel) else "optax",
     )
+    # Keys are arguments too, not constants, so that runs with other seeds share the programs.
     shared = {
         "images": parallel.replicate(images),
         "weights": parallel.replicate(jnp.asarray(topology.weights, jnp.float32)),
+        "init_key": parallel.replicate(init_key),
+        "train_key": parallel.replicate(train_key),
     }
     alone = parallel.replicate(jnp.eye(config.agents))
 
     # 4. Programs over the agent axis.
     def init(axis: agents.Axis, ids: Array, held: PyTree, shared: PyTree) -> PyTree:
         def one(agent: Array) -> tuple[PyTree, PyTree]:
-            own = init_key if config.same_init else jax.random.fold_in(init_key, agent)
+            common = shared["init_key"]
+            own = common if config.same_init else jax.random.fold_in(common, agent)
             variables = model.init(own, shared["images"][:1])
             return variables, problem.optimizer.init(variables["params"])
 
@@ -203,7 +213,7 @@ def prepare(config: ConfigDict) -> Experiment:
             batch = feed.select(held, now)
             batch["label"] = jax.nn.one_hot(batch["label"], num_classes)
             mixing_key, own_key = jax.random.split(
-                jax.random.fold_in(jax.random.fold_in(train_key, now), agent)
+                jax.random.fold_in(jax.random.fold_in(shared["train_key"], now), agent)
             )
             batch = preprocess(key, augmentation(mixing_key, batch))  # as in evaluation
             return _gradients(model, own_key, variables, batch)
@@ -239,18 +249,22 @@ def prepare(config: ConfigDict) -> Experiment:
 
     def run(carry: PyTree, held: PyTree, now: int, by_itself: bool) -> PyTree:
         weights = alone if by_itself else shared["weights"]
-        return run_step(carry, held, {"step": np.int32(now), "weights": weights})
+        needed = {"step": np.int32(now), "weights": weights, "train_key": shared["train_key"]}
+        return run_step(carry, held, needed)
 
     def test(variables: PyTree) -> dict[str, np.ndarray]:
         batches = stream() if resident is None else resident
         sums = [parallel.get(run_evaluate(variables, {}, batch)) for batch in batches]
-        total = {name: sum(s[name] for s in sums) for name in sums[0]}
-        return {name: total[name] / total["examples"] for name in ("accuracy", "loss")}
+        return _scores({name: sum(s[name] for s in sums) for name in sums[0]})
 
     def test_consensus(variables: PyTree) -> dict[str, float]:
+        if config.agents == 1:
+            return {}
         found = run_consensus(variables, {}, shared)
+        aligned = test(found.aligned)
         return {
-            "consensus_accuracy": float(test(found.aligned)["accuracy"][0]),
+            "consensus_accuracy": float(aligned["accuracy"][0]),
+            "consensus_ece": float(aligned["ece"][0]),
             "plain_accuracy": float(test(found.plain)["accuracy"][0]),
             "consensus_distance": float(parallel.get(found.aligned_distance)[0]),
             "plain_distance": float(parallel.get(found.plain_distance)[0]),
@@ -313,16 +327,38 @@ def _gradients(
 
 
 def _evaluate(model: Any, variables: PyTree, batch: Batch) -> dict[str, Array]:
-    """Sums over the examples of `batch` whose label is not -1 (padding)."""
+    """Sums over the examples of `batch` whose label is not -1 (padding), for `_scores`.
+
+    An example's confidence is its largest probability; `gap` [CALIBRATION_BINS] holds, of each bin
+    of confidence, (0, 1/M], ..., (1 - 1/M, 1], the sum of right - confidence.
+    """
     logits = model.apply(variables, batch["image"]).astype(jnp.float32)
     real = batch["label"] >= 0
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["label"], 0))
     right = jnp.argmax(logits, -1) == batch["label"]
+    confidence = jnp.max(jax.nn.softmax(logits), -1)
+    bins = jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1
+    gap = jnp.where(real, right - confidence, 0.0)
     return {
         "accuracy": jnp.sum(right & real, dtype=jnp.float32),
+        "confidence": jnp.sum(jnp.where(real, confidence, 0.0)),
+        "gap": jax.ops.segment_sum(gap, bins, CALIBRATION_BINS),
         "loss": jnp.sum(jnp.where(real, loss, 0.0)),
         "examples": jnp.sum(real, dtype=jnp.float32),
     }
+
+
+def _scores(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Means over the test set, [A], from the sums of `_evaluate`, leaves [A, ...].
+
+    The expected calibration error is the mean over bins, weighted by their examples, of the
+    distance between accuracy and mean confidence. Weight times distance is `gap` over all examples.
+
+    Source: Guo et al. 2017, "On calibration of modern neural networks", s. 2.
+    """
+    examples = sums["examples"]
+    scores = {name: sums[name] / examples for name in ("accuracy", "loss", "confidence")}
+    return {**scores, "ece": np.abs(sums["gap"]).sum(axis=-1) / examples}
 
 
 def _test_batches(

@@ -118,6 +118,93 @@ def distance(groups: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     return figure
 
 
+def learning(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """Test accuracy over epochs, a panel a method: mean over seeds and a band of one deviation.
+
+    In each panel the means of the other methods are drawn in grey, so that all can be compared.
+
+    Args:
+        curves: by title; each holds `epoch` [T] and `accuracy` [S, T] in [0, 1], of S seeds.
+    """
+    columns = min(4, len(curves))
+    rows = -(-len(curves) // columns)
+    several = max(len(curve["accuracy"]) for curve in curves.values()) > 1
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(max(4.5, 0.6 + 2.2 * columns), 1.0 + 1.7 * rows))
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for ax, (title, curve) in zip(axes.flat, curves.items(), strict=False):
+            for other in curves.values():
+                if other is not curve:
+                    mean = 100 * other["accuracy"].mean(axis=0)
+                    ax.plot(other["epoch"], mean, color="#DADADA", linewidth=0.8)
+            mean, spread = _mean_and_deviation(100 * curve["accuracy"])
+            band = mean - spread, mean + spread
+            ax.fill_between(curve["epoch"], *band, color=SKY, alpha=0.4, linewidth=0)
+            ax.plot(curve["epoch"], mean, color=BLUE, linewidth=1.6, marker=".", markersize=4)
+            ax.set_title(title, fontsize=8)
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for ax in axes.flat[len(curves) :]:
+            ax.set_axis_off()
+        for ax in axes[:, 0]:
+            ax.set_ylabel("test accuracy, %")
+        for column in range(columns):
+            ax = axes.flat[: len(curves)][column::columns][-1]  # the lowest that is there
+            ax.set_xlabel("epoch")
+            ax.tick_params(labelbottom=True)
+        label = "mean over seeds" if several else "test accuracy"
+        handles: list[Any] = [mpl.lines.Line2D([], [], color=BLUE, marker=".", label=label)]
+        if several:
+            handles.append(mpl.patches.Patch(color=SKY, alpha=0.4, label="± one deviation"))
+        if len(curves) > 1:
+            handles.append(mpl.lines.Line2D([], [], color="#DADADA", label="the others"))
+            figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def calibration(points: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """Accuracy against expected calibration error: mean over seeds, bars of one deviation.
+
+    Lower right is better. Dotted lines go through the first method.
+
+    Args:
+        points: by name; each holds `accuracy` [S] and `ece` [S] in [0, 1], of S seeds.
+    """
+    with mpl.rc_context({**_STYLE, "axes.grid.axis": "both"}):
+        figure = Figure(figsize=(7.5, 4.2))
+        ax = figure.subplots()
+        for number, (name, point) in enumerate(points.items()):
+            accuracy, across = _mean_and_deviation(100 * point["accuracy"])
+            error, along = _mean_and_deviation(100 * point["ece"])
+            if number == 0:
+                ax.axvline(accuracy, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
+                ax.axhline(error, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
+            ax.errorbar(
+                accuracy,
+                error,
+                xerr=across,
+                yerr=along,
+                color=CYCLE[-1 - number % len(CYCLE)],
+                marker="os^"[number // len(CYCLE) % 3],
+                markersize=6,
+                elinewidth=0.8,
+                linestyle="",
+                label=name,
+            )
+        ax.set_xlabel("test accuracy, %")
+        ax.set_ylabel("expected calibration error, %")
+        ax.set_ylim(0, None)
+        several = max(len(point["ece"]) for point in points.values()) > 1
+        title = "mean ± deviation over seeds" if several else None
+        figure.legend(loc="outside right center", title=title, fontsize=8, title_fontsize=8)
+    return figure
+
+
+def _mean_and_deviation(values: np.ndarray) -> tuple[Any, Any]:
+    """Mean and sample standard deviation over the leading axis; 0 for a single value."""
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+    return values.mean(axis=0), spread
+
+
 def topology(weights: np.ndarray, title: str) -> Figure:
     """The graph, as a circle of agents, and the mixing matrix.
 
@@ -222,6 +309,24 @@ def sheet(
         for row, name in enumerate(("image", "augmented", "label")):
             axes[row, 0].set_ylabel(name)
         figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def sheets(before: np.ndarray, after: dict[str, np.ndarray]) -> Figure:
+    """Images as they are, and a row of them under each augmentation.
+
+    Args:
+        before: [N, H, W, C], uint8 or float in [0, 1].
+        after: augmentation -> the like.
+    """
+    rows = {"as they are": before, **after}
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(0.62 * len(before) + 2.6, 0.62 * len(rows)))
+        axes = figure.subplots(len(rows), len(before), squeeze=False)
+        for row, (name, images) in zip(axes, rows.items(), strict=True):
+            for ax, image in zip(row, images, strict=True):
+                _image(ax, image)
+            row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     return figure
 
 

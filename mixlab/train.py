@@ -64,7 +64,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
             experiment = prepare(variant)
             folder.mkdir(parents=True, exist_ok=True)
             if number == 1:
-                print(f"{experiment.topology}\n{experiment.parallel}\nin {workdir}", flush=True)
+                several = f"{experiment.topology}\n" if variant.agents > 1 else ""
+                print(f"{several}{experiment.parallel}\nin {workdir}", flush=True)
             setup = {"number": number, "config": variant.to_dict(), **experiment.about}
             _write_json(folder / "setup.json", setup)
             np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
@@ -139,6 +140,8 @@ def _run(
                     "train_accuracy": (totals["accuracy"] / steps).tolist(),
                     "test_loss": tested["loss"].tolist(),
                     "test_accuracy": tested["accuracy"].tolist(),
+                    "test_confidence": tested["confidence"].tolist(),
+                    "test_ece": tested["ece"].tolist(),
                     **agreement,
                     "bytes_sent": _bytes_sent(experiment, state, step, pretrain, length, phase),
                     "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
@@ -289,7 +292,9 @@ def _termination() -> Iterator[Callable[[], bool]]:
 
 def _last_words(metrics: Path) -> str:
     last = json.loads(metrics.read_text().splitlines()[-1])
-    accuracy = last["test_accuracy"]
+    accuracy, error = last["test_accuracy"], last["test_ece"]
+    if len(accuracy) == 1:
+        return f"done: test accuracy {accuracy[0]:.3f}, calibration error {error[0]:.3f}"
     return (
         f"done: test accuracy mean {np.mean(accuracy):.3f}, worst {min(accuracy):.3f}, "
         f"consensus {last['consensus_accuracy']:.3f}"

@@ -1,15 +1,20 @@
 """Whole runs of the main job, small: what they write, and that it means what it says."""
 
+import contextlib
 import csv
+import io
 import json
 import pathlib
+import shutil
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mixlab import report, train
+from mixlab import experiment, report, train
 from tests.run_config import get_config
 
 
@@ -112,23 +117,111 @@ def test_backends_and_streaming_agree(tmp_path):
                 )
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Ordinary training, of one network with BatchNorm."""
+    config = get_config()
+    config.model = "cnn"
+    config.agents, config.strategy = 1, "none"
+    config.pretrain_epochs, config.rounds = 0, 3
+    config.batch_size = 128
+    config.optimizer = (
+        "clip_by_global_norm(1.0) | sgd(cosine_decay_schedule(0.1, 36), momentum=0.9)"
+    )
+    workdir = tmp_path_factory.mktemp("alone")
+    with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(io.StringIO()) as out:
+        train.train(config, workdir)
+    return workdir, out.getvalue()
+
+
 @pytest.mark.slow
-def test_a_batchnorm_network_and_one_agent(tmp_path):
-    lines = run(
-        tmp_path,
-        model="cnn",
-        agents=1,
-        strategy="none",
-        augment="identity",
-        rounds=1,
-        pretrain_epochs=0,
-        batch_size=128,
-        optimizer="clip_by_global_norm(1.0) | sgd(cosine_decay_schedule(0.1, 12), momentum=0.9)",
-    )["none"]
-    assert [line["phase"] for line in lines] == ["local"]
-    assert lines[-1]["step"] == 12
-    # After so few steps the running statistics lag behind; re-estimated they fit the weights.
-    assert lines[-1]["consensus_accuracy"] > 0.6
+def test_one_agent_is_told_of_as_ordinary_training(alone):
+    workdir, told = alone
+    lines = records(workdir / "runs" / "none")
+    assert [(line["phase"], line["step"]) for line in lines] == [
+        ("local", 12 * n) for n in (1, 2, 3)
+    ]
+    last = lines[-1]
+    assert last["test_accuracy"][0] > 0.6
+    assert 0 < last["test_ece"][0] < 0.5
+    assert not [name for name in last if name.startswith(("consensus", "plain"))]
+    scores = f"{last['test_accuracy'][0]:.3f}, calibration error {last['test_ece'][0]:.3f}"
+    assert told.splitlines()[0] == "1 agent on 1 cpu device (pmap)"
+    assert told.splitlines()[-1].endswith(f"done: test accuracy {scores}")
+    text = (workdir / "report.md").read_text()
+    assert rows_of(text)[0] == ["strategy", "accuracy", "confidence", "ECE", "seconds"]
+    assert "merge" not in text
+    assert {path.stem for path in (workdir / "figures").iterdir()} == {"accuracy", "augmentation"}
+
+
+def copies(workdir, variants):
+    """Runs that were not run: others under other configs and with other test accuracies."""
+    for number, (source, fields, accuracy) in enumerate(variants):
+        folder = workdir / "runs" / str(number)
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoints"))
+        setup = json.loads((folder / "setup.json").read_text())
+        setup["number"] = number
+        setup["config"] |= fields
+        (folder / "setup.json").write_text(json.dumps(setup))
+        lines = records(folder)
+        lines[-1]["test_accuracy"] = accuracy
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return report.write(workdir).read_text()
+
+
+def rows_of(text):
+    """The cells of the table in a report."""
+    return [
+        [cell.strip() for cell in line[1:-1].split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+
+
+@pytest.mark.slow
+def test_seeds_share_a_row_and_augmentations_their_base(alone, tmp_path):
+    base = "random_crop(padding=1) | random_flip"
+    mixed = f"{base} | one_of(mixup(0.8), cutmix(1.0))"
+    variants = [
+        *(({"augment": base, "seed": seed}, [x]) for seed, x in enumerate((0.5, 0.6, 0.76))),
+        *(({"augment": mixed, "seed": seed}, [x]) for seed, x in enumerate((0.8, 0.9))),
+        ({"augment": f"{base} | mixup | cutout(4)", "seed": 0}, [0.25]),
+    ]
+    run = alone[0] / "runs" / "none"
+    text = copies(tmp_path, [(run, *variant) for variant in variants])
+    assert [row[:2] for row in rows_of(text)] == [
+        ["augment", "accuracy"],
+        ["base alone", "62.0 ± 13.1"],  # statistics.stdev([50, 60, 76]) == 13.11...
+        ["one_of(mixup(0.8), cutmix(1.0))", "85.0 ± 7.1"],
+        [r"mixup \| cutout(4)", "25.0"],
+    ]
+    assert f"Each augmentation follows the base `{base}`." in text
+    assert "over seeds 0, 1, 2" in text
+    with open(tmp_path / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["augment"], int(r["seed"]), float(r["local mean"])) for r in rows] == [
+        (fields["augment"], fields["seed"], pytest.approx(100 * accuracy[0]))
+        for fields, accuracy in variants
+    ]
+    for figure in ("accuracy", "calibration", "augmentation"):
+        assert (tmp_path / "figures" / f"{figure}.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_seeds_of_several_agents_share_a_row_beside_one_agent(sweep, alone, tmp_path):
+    dimat = sweep / "runs" / "dimat"
+    variants = [
+        (dimat, {"seed": 0}, [0.2, 0.4, 0.6, 0.8]),
+        (dimat, {"seed": 1}, [0.6, 0.7, 0.8, 0.9]),
+        (alone[0] / "runs" / "none", {}, [0.9]),
+    ]
+    head, several, one = rows_of(copies(tmp_path, variants))
+    several, one = (dict(zip(head, row, strict=True)) for row in (several, one))
+    assert several["local mean"] == "62.5 ± 17.7"
+    assert several["local worst"] == "40.0 ± 28.3"
+    assert several["MB sent"].endswith("± 0.0")
+    assert (one["local mean"], one["consensus"], one["distance"]) == ("90.0", "-", "-")
+    assert "ECE" not in head  # ways to communicate are compared here
 
 
 def test_a_diverging_run_names_step_and_agent_and_keeps_its_checkpoint(tmp_path):
@@ -170,6 +263,38 @@ def test_a_config_that_could_not_run_does_not_hold_the_folder(tmp_path):
     assert len(run(tmp_path, model="mlp(hidden=(8,))", **short)["none"]) == 1
     with pytest.raises(ValueError, match=r"model: .* there"):  # but one that has run does
         run(tmp_path, model="mlp(hidden=(9,))", **short)
+
+
+def test_calibration_error_is_that_of_its_definition():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 10)).astype(np.float32) * rng.uniform(0, 12, (40, 1))
+    logits[0] = 1000 * np.eye(10)[3]  # a confidence of 1 belongs to the last bin
+    labels = np.where(rng.random(40) < 0.6, logits.argmax(1), rng.integers(10, size=40))
+
+    # Guo et al. 2017, s. 2, example by example.
+    probability = np.exp(np.float64(logits) - logits.max(1, keepdims=True))
+    probability /= probability.sum(1, keepdims=True)
+    confidence, right = probability.max(1), probability.argmax(1) == labels
+    expected = 0.0
+    for m in range(1, 16):
+        inside = [i for i in range(40) if (m - 1) / 15 < confidence[i] <= m / 15]
+        if inside:
+            distance = abs(np.mean(right[inside]) - np.mean(confidence[inside]))
+            expected += len(inside) / 40 * distance
+
+    # Two batches, the second of which is padded.
+    network = types.SimpleNamespace(apply=lambda variables, images: images)
+    padded = np.concatenate([logits[25:], logits[:10]])
+    batches = [
+        {"image": jnp.array(logits[:25]), "label": jnp.array(labels[:25])},
+        {"image": jnp.array(padded), "label": jnp.array([*labels[25:], *[-1] * 10])},
+    ]
+    sums = [experiment._evaluate(network, {}, batch) for batch in batches]
+    scores = experiment._scores({k: np.array(sum(s[k] for s in sums))[None] for k in sums[0]})
+    assert scores["ece"] == pytest.approx(expected, rel=1e-5)
+    assert 0.05 < expected < 0.5
+    assert scores["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
+    assert scores["accuracy"] == pytest.approx(right.mean(), rel=1e-6)
 
 
 def test_a_report_of_nothing_is_an_error(tmp_path):

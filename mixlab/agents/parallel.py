@@ -148,8 +148,9 @@ class Parallel:
 
     def __str__(self) -> str:
         kind = self.devices[0].platform
-        if self.backend != "pmap":
-            return f"{self.num_agents} agents on 1 {kind} device ({self.backend})"
+        if self.backend != "pmap" or self.num_agents == 1:
+            agents = "1 agent" if self.num_agents == 1 else f"{self.num_agents} agents"
+            return f"{agents} on 1 {kind} device ({self.backend})"
         inside = f" by {self.per_device}" if self.per_block > 1 else ""
         return (
             f"{self.num_agents} agents on {len(self.devices)} {kind} devices (pmap, "
