@@ -5,8 +5,7 @@ import jax.numpy as jnp
 
 from mixlab.augment.core import Augmentation, to_dtype, working_dtype
 from mixlab.augment.mixing.frame import Mixed, beta, check_alpha, lam_of, mixed_sample
-from mixlab.augment.ops.dispatch import on_cpu
-from mixlab.augment.ops.photometric import divide
+from mixlab.augment.ops.dispatch import each
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Key, Plan
 
@@ -38,6 +37,21 @@ def _clipped_box(side: Array, center: ArrayLike, length: Array) -> Array:
     return jnp.concatenate(corners, axis=-1)
 
 
+def spans(box: ArrayLike, size: tuple[int, int]) -> tuple[Array, Array]:
+    """Which rows and which columns a box covers.
+
+    Args:
+        box: int [..., 4], half-open (top, left, bottom, right).
+        size: height and width.
+
+    Returns:
+        bool [..., H] and bool [..., W].
+    """
+    top, left, bottom, right = (jnp.asarray(box, jnp.int32)[..., i, None] for i in range(4))
+    row, column = (jnp.arange(length, dtype=jnp.int32) for length in size)
+    return (row >= top) & (row < bottom), (column >= left) & (column < right)
+
+
 def inside(box: ArrayLike, size: tuple[int, int]) -> Array:
     """Whether each pixel lies in the box.
 
@@ -48,10 +62,8 @@ def inside(box: ArrayLike, size: tuple[int, int]) -> Array:
     Returns:
         bool [..., H, W].
     """
-    top, left, bottom, right = (jnp.asarray(box, jnp.int32)[..., i, None, None] for i in range(4))
-    rows = jnp.arange(size[0], dtype=jnp.int32)[:, None]
-    columns = jnp.arange(size[1], dtype=jnp.int32)
-    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    rows, columns = spans(box, size)
+    return rows[..., :, None] & columns[..., None, :]
 
 
 def share_outside(box: ArrayLike, size: tuple[int, int]) -> Array:
@@ -148,18 +160,22 @@ def cutmix(
 
 def _paste(plan: Plan, image: Array, partner: Array) -> Mixed:
     """Pastes the box of the partner, and weighs the labels by what it leaves."""
-    size = _size_of(image.shape)
+    size, channels = _size_of(image.shape), image.shape[-1]
     box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
-    pasted = inside(box, size)
+    keep = ~inside(box, size)
+
+    # Rows with their channels in one piece are long vectors; a choice a pixel is half as fast.
+    def flat(x: Array) -> Array:
+        return x.reshape(len(x), -1, size[0], size[1] * channels)
+
+    wide = box * jnp.asarray((1, channels, 1, channels), jnp.int32)
+    pasted = inside(wide, (size[0], size[1] * channels))
+    mixed = jnp.where(pasted[:, None], flat(partner), flat(image)).reshape(image.shape)
     if image.ndim == 3:
-        pasted = pasted[:, 0]
+        keep = keep[:, 0]
     if image.ndim == 5:
-        pasted = pasted[:, None]
-    if _by_rows(image):
-        mixed = _paste_rows(image, plan["partner"], box, resize=False)
-    else:
-        mixed = jnp.where(pasted[..., None], partner, image)
-    return Mixed(mixed, share_outside(box, size), ~pasted)
+        keep = keep[:, None]
+    return Mixed(mixed, share_outside(box, size), keep)
 
 
 def patchmix(
@@ -321,60 +337,41 @@ def resizemix(
             return low + points * ((high - low) / jnp.asarray(size, points.dtype))
 
         keep = ~inside(box, size)
-        if interpolation == "nearest" and _by_rows(image):
-            out = _paste_rows(image, plan["partner"], box, resize=True)
+        if interpolation == "bilinear":
+            small = to_dtype(resized(partner, bilinear=True), image.dtype)
+            out = jnp.where(keep[..., None], image, small)
         else:
-            small = resized(partner, interpolation == "bilinear")
-            out = jnp.where(keep[..., None], image, to_dtype(small, image.dtype))
+            partners = jnp.broadcast_to(jnp.asarray(plan["partner"], jnp.int32), keep.shape[:1])
+            out = _shrunk(image, jnp.clip(partners, 0, len(keep) - 1), box)
         return Mixed(out, share_outside(box, size), keep, (resized, placed))
 
     return mixed_sample(decide, blend, per_batch=per_batch, prob=prob, pairing=pairing, whole=True)
 
 
-def _by_rows(image: Array) -> bool:
-    """Whether `_paste_rows` is faster than a choice everywhere: on a CPU, for long rows of bytes.
-
-    Floats are as fast at once, and have gradients, which the loop has not.
-    """
-    if not on_cpu() or image.ndim != 4 or image.dtype != jnp.uint8:
-        return False
-    return image.shape[2] * image.shape[3] >= 256
-
-
-def _paste_rows(image: Array, partner: ArrayLike, box: Array, *, resize: bool) -> Array:
-    """Copies the images, then writes the rows that a box touches.
+def _shrunk(image: Array, partner: Array, box: Array) -> Array:
+    """Takes every pixel in one gather: the own one, or the nearest of the shrunken partner.
 
     Args:
         image: [B, H, W, C].
-        partner: int32 [B] or [], whose pixels are pasted.
+        partner: int32 [B].
         box: int32 [B, 4].
-        resize: paste the whole partner, made small, rather than the same place of it.
     """
     size, height, width, channels = image.shape
-    partner = jnp.clip(jnp.broadcast_to(jnp.asarray(partner, jnp.int32), (size,)), 0, size - 1)
-    column, channel = jnp.divmod(jnp.arange(width * channels, dtype=jnp.int32), channels)
 
-    # Under vmap one batch after the other: loops of unequal length would copy all at every step.
-    @jax.custom_batching.sequential_vmap
-    def run(rows: Array, partner: Array, box: Array) -> Array:
-        def paste(i: Array, out: Array) -> Array:
-            top, left, bottom, right = box[i]
-            pasted = (column >= left) & (column < right)
-            source = divide((column - left) * width, jnp.maximum(right - left, 1))
-            place = jnp.clip(source, 0, width - 1) * channels + channel
+    def sources(box: Array) -> tuple[Array, Array, Array, Array]:
+        low, high = box[:2], box[2:]
+        found = [
+            jnp.clip((jnp.arange(n, dtype=jnp.int32) - low[i]) * n // (high[i] - low[i]), 0, n - 1)
+            for i, n in enumerate((height, width))
+        ]
+        return *spans(box, (height, width)), found[0], found[1]
 
-            def write(row: Array, out: Array) -> Array:
-                at = (row - top) * height // (bottom - top) if resize else row
-                new = rows[partner[i] * height + at]
-                new = new.at[place].get(mode="promise_in_bounds") if resize else new
-                row = i * height + row
-                return out.at[row].set(jnp.where(pasted, new, rows[row]), mode="promise_in_bounds")
-
-            return jax.lax.fori_loop(jnp.maximum(top, 0), jnp.minimum(bottom, height), write, out)
-
-        return jax.lax.fori_loop(0, size, paste, rows)
-
-    return run(image.reshape(size * height, width * channels), partner, box).reshape(image.shape)
+    # In a loop of their own, or every pixel would divide for its row and its column again.
+    rows, columns, source_row, source_column = each(sources, box)
+    place = (partner[:, None] * height + source_row)[:, :, None] * width + source_column[:, None]
+    own = jnp.arange(size * height * width, dtype=jnp.int32).reshape(size, height, width)
+    place = jnp.where(rows[:, :, None] & columns[:, None], place, own)
+    return image.reshape(-1, channels).at[place].get(mode="promise_in_bounds")
 
 
 def resizemix_box(tau: ArrayLike, center: ArrayLike, size: tuple[int, int]) -> Array:

@@ -164,7 +164,9 @@ def mixed_sample(
         size = image.shape[0]
         partner = jnp.broadcast_to(jnp.asarray(plan["partner"]), (size,))
         use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
-        mixed = blend(plan, image, jnp.take(image, partner, axis=0, mode="clip"))
+        # In one piece an example, which is copied whole.
+        other = jnp.take(image.reshape(size, -1), partner, axis=0, mode="clip")
+        mixed = blend(plan, image, other.reshape(image.shape))
         batch = {
             **batch,
             **_mixed_targets(batch, image, partner, use, mixed, whole),
