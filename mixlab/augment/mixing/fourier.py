@@ -271,7 +271,7 @@ def fmix(
     """FMix: mixes with a random mask of low frequency, and the labels by its share.
 
     `out = mask * x + (1 - mask) * x[partner]`. lam ~ Beta(alpha, alpha) sets the share of ones; a
-    coin decides whether the number of pixels is rounded up or down.
+    coin decides whether the number of pixels is rounded up or down. The noise is normal to 16 bits.
 
     Args:
         alpha: parameter of the Beta law; 0 leaves the batch unchanged.
