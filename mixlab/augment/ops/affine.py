@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.ops.geometric import Fill, Matrix, _affine
+from mixlab.augment.ops.geometric import Fill, Matrix, warp
 from mixlab.augment.ops.photometric import image_op
 from mixlab.types import Array, ArrayLike
 
@@ -80,4 +80,4 @@ def affine(
     """
     size = (image.shape[0], image.shape[1])
     matrix = affine_matrix(size, degrees, translate, scale, shear)
-    return _affine(image, matrix, interpolation, fill, dialect)
+    return warp(image, matrix, interpolation, fill, dialect)

@@ -48,7 +48,7 @@ def check_sampling(interpolation: str, dialect: str) -> None:
         )
 
 
-def _fill_color(fill: Fill, image: Array) -> Array:
+def fill_color(fill: Fill, image: Array) -> Array:
     """The fill as [C] or [1], on the scale of the image."""
     color = np.atleast_1d(np.asarray(fill, np.float64))
     if color.ndim != 1 or color.size not in (1, image.shape[-1]):
@@ -59,7 +59,7 @@ def _fill_color(fill: Fill, image: Array) -> Array:
     return jnp.asarray(color / scale, jnp.result_type(float))
 
 
-def _affine(
+def warp(
     image: Array,
     matrix: Matrix,
     interpolation: str,
@@ -67,9 +67,21 @@ def _affine(
     dialect: str,
     rows_shift: bool = False,
 ) -> Array:
-    """Moves an image by an affine map; if `rows_shift`, one that only shifts and exchanges rows."""
+    """Moves an image by an affine map.
+
+    Args:
+        image: [H, W, C], or a mask of any dtype if the interpolation is `"nearest"`.
+        matrix: where each pixel of the result comes from, see `Matrix`.
+        interpolation: `"nearest"`, `"bilinear"`, or, in the dialect `"pil"`, `"bicubic"`.
+        fill: colour outside the image, on the scale 0..255.
+        dialect: `"pil"` or `"torchvision"`, see above.
+        rows_shift: whether the map only shifts rows and exchanges them, which is done faster.
+
+    Raises:
+        ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
+    """
     check_sampling(interpolation, dialect)
-    color = _fill_color(fill, image)
+    color = fill_color(fill, image)
     coordinates = [jnp.asarray(v, jnp.result_type(float)) for row in matrix for v in row]
     a, b, c, d, e, f = coordinates
     height, width = image.shape[:2]
@@ -223,10 +235,10 @@ def rotate(
         ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
     """
     radians = jnp.asarray(degrees, jnp.result_type(float)) * (np.pi / 180.0)
-    cos, sin = _whole(jnp.cos(radians)), _whole(jnp.sin(radians))
+    cos, sin = snapped(jnp.cos(radians)), snapped(jnp.sin(radians))
     y, x = (n / 2.0 for n in image.shape[:2])
     matrix = ((cos, -sin, x - x * cos + y * sin), (sin, cos, y - x * sin - y * cos))
-    return _affine(image, matrix, interpolation, fill, dialect)
+    return warp(image, matrix, interpolation, fill, dialect)
 
 
 @image_op
@@ -255,7 +267,7 @@ def shear_x(
     """
     matrix = ((1.0, level, 0.0), (0.0, 1.0, 0.0))
     # torchvision's rounding of halves depends on the column.
-    return _affine(image, matrix, interpolation, fill, dialect, rows_shift=dialect == "pil")
+    return warp(image, matrix, interpolation, fill, dialect, rows_shift=dialect == "pil")
 
 
 @image_op
@@ -271,7 +283,7 @@ def shear_y(
 
     See `shear_x`, with rows and columns exchanged.
     """
-    return _affine(image, ((1.0, 0.0, 0.0), (level, 1.0, 0.0)), interpolation, fill, dialect)
+    return warp(image, ((1.0, 0.0, 0.0), (level, 1.0, 0.0)), interpolation, fill, dialect)
 
 
 @image_op
@@ -299,7 +311,7 @@ def translate_x(
     """
     offset = _offset(pixels, dialect)
     matrix = ((1.0, 0.0, offset), (0.0, 1.0, 0.0))
-    return _affine(image, matrix, interpolation, fill, dialect, rows_shift=True)
+    return warp(image, matrix, interpolation, fill, dialect, rows_shift=True)
 
 
 @image_op
@@ -317,10 +329,10 @@ def translate_y(
     """
     offset = _offset(pixels, dialect)
     matrix = ((1.0, 0.0, 0.0), (0.0, 1.0, offset))
-    return _affine(image, matrix, interpolation, fill, dialect, rows_shift=True)
+    return warp(image, matrix, interpolation, fill, dialect, rows_shift=True)
 
 
-def _whole(x: Array) -> Array:
+def snapped(x: Array) -> Array:
     """Snaps to the nearest integer what rounding has moved off it: quarter turns are then exact."""
     return jnp.where(jnp.abs(x - jnp.round(x)) < 2e-7, jnp.round(x), x)
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mixlab.augment.core import to_dtype
-from mixlab.augment.ops.geometric import Fill, _fill_color
+from mixlab.augment.ops.geometric import Fill, fill_color
 from mixlab.types import Array
 
 
@@ -26,7 +26,7 @@ def affine(image: Array, matrix: Array, fill: Fill) -> Array:
     x, y = jnp.clip(x, 0, width - 1), jnp.clip(y, 0, height - 1)
     index = y.astype(jnp.int32) * width + x.astype(jnp.int32)
     taken = image.reshape(-1, channels).at[index].get(mode="promise_in_bounds")
-    return jnp.where(within[..., None], taken, to_dtype(_fill_color(fill, image), image.dtype))
+    return jnp.where(within[..., None], taken, to_dtype(fill_color(fill, image), image.dtype))
 
 
 def cutout(image: Array, center: Array, half: Array, fill: Fill) -> Array:
@@ -43,4 +43,4 @@ def cutout(image: Array, center: Array, half: Array, fill: Fill) -> Array:
     column = jnp.arange(width, dtype=jnp.int32) - center[1]
     half = half.astype(jnp.int32)
     inside = (row >= -half) & (row < half) & (column >= -half) & (column < half)
-    return jnp.where(inside[..., None], to_dtype(_fill_color(fill, image), image.dtype), image)
+    return jnp.where(inside[..., None], to_dtype(fill_color(fill, image), image.dtype), image)

@@ -17,7 +17,7 @@ from mixlab.augment import ops
 from mixlab.augment.ops import google
 from mixlab.augment.ops.blur import gaussian_blur
 from mixlab.augment.ops.dispatch import run_each
-from mixlab.augment.ops.geometric import Fill, _affine, _whole, check_sampling
+from mixlab.augment.ops.geometric import Fill, check_sampling, snapped, warp
 from mixlab.types import Array, ArrayLike, Key, Plan
 
 Part = Callable[[float], Array]
@@ -153,7 +153,7 @@ class Space:
             if self.dialect == "google":
                 moved = google.affine(one, matrix, 0)
             else:
-                moved = _affine(one, matrix, "nearest", 0, self.dialect)
+                moved = warp(one, matrix, "nearest", 0, self.dialect)
             return jnp.where(active, moved, one)
 
         for i in range(matrices.shape[1]):
@@ -207,7 +207,7 @@ class Space:
             return [lambda image, given: google.affine(image, given["matrix"], self.fill)]
         kinds = ("bilinear", "bicubic") if self.interpolation == "random" else (self.interpolation,)
         return [
-            lambda image, given, kind=kind: _affine(  # type: ignore[misc]
+            lambda image, given, kind=kind: warp(  # type: ignore[misc]
                 image, given["matrix"], kind, self.fill, self.dialect
             )
             for kind in kinds
@@ -222,7 +222,7 @@ def _matrix(name: str, argument: Array, size: tuple[int, int], dialect: str) -> 
     pixels = -jnp.trunc(argument) if dialect == "torchvision" else argument
     if name == "rotate":
         radians = argument * (np.pi / 180.0)
-        cos, sin = _whole(jnp.cos(radians)), _whole(jnp.sin(radians))
+        cos, sin = snapped(jnp.cos(radians)), snapped(jnp.sin(radians))
         y, x = (n / 2.0 for n in size)
         entries = (cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos)
     else:
