@@ -230,6 +230,9 @@ def follow_box(batch: Batch, image: Array, box: Array, size: tuple[int, int]) ->
 def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augmentation:
     """Mirrors examples left to right, or upside down.
 
+    Equals torchvision `RandomHorizontalFlip` and `RandomVerticalFlip`, with a draw an example.
+    Keypoints move, and keep their order: which of them is left and which right is the caller's.
+
     Args:
         p: probability for each example.
         vertical: exchange top and bottom rather than left and right.
@@ -280,6 +283,8 @@ def to_float() -> Augmentation:
 
 def normalize(mean: float | Sequence[float], std: float | Sequence[float]) -> Augmentation:
     """Subtracts the mean and divides by the standard deviation of each channel.
+
+    Equals torchvision `Normalize`, after `to_float`.
 
     Args:
         mean: one number, or one a channel, for images in [0, 1].
