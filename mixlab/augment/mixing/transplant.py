@@ -28,8 +28,8 @@ def transplant(
 
     Returns:
         An augmentation of images [B, H, W, C] with an integer `mask` [B, H, W], and the plan
-        `partner` int32 [B]; `mask` bool [B, H, W], True where the own pixel is kept; `lam` float32
-        [B], its share; `use` bool [B].
+        `partner` int32 [B]; `mask` float32 [B, H, W], 1 where the own pixel is kept; `lam` float32
+        [B], its mean; `use` bool [B].
 
     Raises:
         ValueError: an argument is out of its range.
@@ -55,9 +55,8 @@ def transplant(
         which = plan.pop("which")
         donor = jnp.take(mask, plan["partner"], axis=0, mode="clip")
         chosen = jax.vmap(lambda m, u: _drawn_class(m, u, left_out))(donor, which)
-        keep = ~chosen
-        lam = jnp.mean(keep, axis=(1, 2), dtype=jnp.float32)
-        return {**plan, "mask": keep, "lam": lam}
+        keep = (~chosen).astype(jnp.float32)
+        return {**plan, "mask": keep, "lam": jnp.mean(keep, axis=(1, 2))}
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         _classes(batch)
