@@ -251,8 +251,10 @@ def _segment(lam: Array, center: Array, size: tuple[int, int]) -> Array:
 
 
 def _uniform_pixels(key: Key, n: int, size: tuple[int, int]) -> Array:
-    """Uniform rows and columns, int32 [n, 2]."""
-    return jax.random.randint(key, (n, 2), 0, jnp.asarray(size, jnp.int32), jnp.int32)
+    """Uniform rows and columns, int32 [n, 2]; `jax.random.randint` draws four times as much."""
+    length = jnp.asarray(size, jnp.int32)
+    share = jax.random.uniform(key, (n, 2), jnp.float32)
+    return jnp.minimum((share * length.astype(jnp.float32)).astype(jnp.int32), length - 1)
 
 
 def _minmax_box(key: Key, n: int, size: tuple[int, int], minmax: tuple[float, float]) -> Array:

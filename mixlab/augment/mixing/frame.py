@@ -68,17 +68,19 @@ def beta(key: Key, alpha: float, shape: tuple[int, ...], *, tilted: bool = False
     """
     if alpha == 0.0:
         return jnp.ones(shape, jnp.float32)
-    u, v, coin = jax.random.uniform(key, (3, *shape), jnp.float32)
-    if alpha == 1.0:
-        x = u
-    else:
+    draws = jax.random.uniform(
+        key, (3 if tilted else 1 if alpha == 1.0 else 2, *shape), jnp.float32
+    )
+    x = u = draws[0]
+    if alpha != 1.0:
+        v = draws[1]
         s = jnp.expm1(-jnp.log1p(-u) / alpha)
         c = jnp.cos(2.0 * jnp.pi * v)
         # The bounds keep 0 / 0 and infinity / infinity out; both lie beyond float32's resolution.
         r = jnp.sqrt(1.0 + 1.0 / jnp.clip(s * jnp.square(c), 1e-30, 1e30))
         tail = (r - 1.0) / (2.0 * r)
         x = jnp.where(c < 0, tail, 1.0 - tail)
-    return jnp.where(coin < x, x, 1.0 - x) if tilted else x
+    return jnp.where(draws[2] < x, x, 1.0 - x) if tilted else x
 
 
 def check_alpha(alpha: float) -> None:
