@@ -275,7 +275,13 @@ def _check_alternatives(results: Sequence[PyTree]) -> None:
     """Raises unless the results of all alternatives have the same leaves."""
     first = dict(trees.named_leaves(results[0]))
     for i, other in enumerate(results[1:], 1):
-        trees.check_same_structure(results[0], other, what=f"the results of parts 0 and {i}")
+        try:
+            trees.check_same_structure(results[0], other, what=f"the results of parts 0 and {i}")
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; move what adds leaves out of one_of and sometimes (mixing, which adds "
+                "weights of boxes and keypoints, takes prob=)"
+            ) from error
         for name, leaf in trees.named_leaves(other):
             if leaf is first[name]:
                 continue

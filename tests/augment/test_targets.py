@@ -259,6 +259,12 @@ def test_errors(leaf, value, error, says):
             augment.cutmix()(KEY, {"image": jnp.zeros((B, 2, H, W, 1)), leaf: value})
 
 
+def test_mixing_boxes_now_and_then_takes_prob():
+    batch = scene()
+    with pytest.raises(ValueError, match="prob="):
+        augment.parse("sometimes(0.5, cutmix)")(KEY, batch)
+
+
 def test_a_mask_of_examples_is_no_segmentation():
     batch = {"image": jnp.zeros((B, H, W, 1)), "mask": jnp.arange(B) > 2}
     for text in ("random_flip", "mixup", "random_crop"):
