@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,22 +13,50 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixlab import merge, trees
+from mixlab.types import PyTree
 
 
 class Row(NamedTuple):
-    method: merge.MergeMethod
-    needs_base: bool = False
+    """A method, as a config names it, and what holds for it.
+
+    Attributes:
+        text: what `merge.parse` makes it of.
+        num_models: how many models the tests merge.
+        pair: whether it takes two models, no more and no fewer.
+        needs_base: whether it stops where there is no base.
+        needs_key: whether it draws.
+        symmetric: whether the order of the models does not matter.
+        per_model: whether a model comes out for each that goes in, stacked.
+        inputs: what else it takes, `models -> {name: value}`, one value a model.
+        tolerance: relative, for what is true but for rounding.
+    """
+
+    text: str
     num_models: int = 3
+    pair: bool = False
+    needs_base: bool = False
+    needs_key: bool = False
     symmetric: bool = True
+    per_model: bool = False
+    inputs: Callable[[list[PyTree]], dict[str, list[PyTree]]] = lambda models: {}
+    tolerance: float = 1e-5
+
+    @property
+    def method(self):
+        return merge.parse(self.text)
+
+
+def fishers(models):
+    return {"fishers": [jax.tree.map(jnp.square, model(i + 10)) for i in range(len(models))]}
 
 
 ROWS = {
-    "average": Row(merge.average()),
-    "fisher": Row(merge.fisher(normalize=True)),
-    "interpolate": Row(merge.interpolate(0.3), num_models=2, symmetric=False),
-    "slerp": Row(merge.slerp(0.3), num_models=2, symmetric=False),
-    "task_arithmetic": Row(merge.task_arithmetic(0.5), needs_base=True),
-    "ties": Row(merge.ties(0.5), needs_base=True),
+    "average": Row("average"),
+    "fisher": Row("fisher(normalize=True)", inputs=fishers),
+    "interpolate": Row("interpolate(0.3)", num_models=2, pair=True, symmetric=False),
+    "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
+    "task_arithmetic": Row("task_arithmetic(scale=0.5)", needs_base=True),
+    "ties": Row("ties(density=0.5)", needs_base=True),
 }
 every = pytest.mark.parametrize("name", sorted(ROWS))
 
@@ -65,10 +94,16 @@ BASE_SEED = 100
 def arguments(row, dtype="float32"):
     """Models, and the keyword arguments that the method takes with them."""
     models = [model(seed, dtype) for seed in range(row.num_models)]
-    kwargs = {"base": model(BASE_SEED, dtype)}
-    if row.method is ROWS["fisher"].method:
-        kwargs["fishers"] = [jax.tree.map(jnp.square, model(seed + 10)) for seed in range(3)]
+    kwargs = {"base": model(BASE_SEED, dtype), **row.inputs(models)}
+    if row.needs_key:
+        kwargs["key"] = jax.random.key(0)
     return models, kwargs
+
+
+def halves(row, kwargs):
+    """The base, the key and the other inputs, as `measure` takes them."""
+    inputs = dict(kwargs)
+    return inputs.pop("base"), inputs.pop("key", None), inputs
 
 
 @functools.cache
@@ -103,32 +138,45 @@ def test_equal_models_merge_to_that_model(name):
     if row.needs_base:
         kwargs["base"] = models[0]
     merged = jitted(name)(models, **kwargs)
-    assert_close(merged["dense"], models[0]["dense"], rtol=1e-6, atol=1e-6)
+    expected = trees.stack(models) if row.per_model else models[0]
+    assert_close(merged["dense"], expected["dense"], rtol=row.tolerance / 10, atol=1e-6)
 
 
 @every
 def test_order_of_models(name):
-    models, kwargs = arguments(ROWS[name])
-    swapped = [*models[1:], models[0]]
-    if "fishers" in kwargs:
-        kwargs["fishers"] = [*kwargs["fishers"][1:], kwargs["fishers"][0]]
-    merged = jitted(name)(swapped, **kwargs)
-    if ROWS[name].symmetric:
-        assert_close(merged, eager(name), rtol=1e-5, atol=1e-6)
+    row = ROWS[name]
+    models, kwargs = arguments(row)
+
+    def turned(many):
+        return [*many[1:], many[0]]
+
+    kwargs |= {name: turned(kwargs[name]) for name in row.inputs(models)}
+    merged, expected = jitted(name)(turned(models), **kwargs), eager(name)
+    if row.per_model:
+        merged, expected = merged["dense"], trees.stack(turned(trees.unstack(expected["dense"])))
+    if row.symmetric:
+        assert_close(merged, expected, rtol=row.tolerance, atol=1e-6)
     else:
-        assert not np.allclose(merged["dense"]["kernel"], eager(name)["dense"]["kernel"])
+        assert not np.allclose(merged["dense"]["kernel"], expected["dense"]["kernel"])
 
 
 @every
 def test_other_leaves_come_from_the_base(name):
     models, kwargs = arguments(ROWS[name])
-    copied = ("steps", "frozen", "bias")
+    row = ROWS[name]
+
+    def copied(tree, times=1):
+        few = {k: tree[k] for k in ("steps", "frozen", "bias")}
+        return trees.stack([few] * times) if row.per_model else few
+
     for run in (eager(name), jitted(name)(models, **kwargs)):
-        assert_equal({k: run[k] for k in copied}, {k: kwargs["base"][k] for k in copied})
-    if not ROWS[name].needs_base:
+        found = {k: run[k] for k in ("steps", "frozen", "bias")}
+        assert_equal(found, copied(kwargs["base"], row.num_models))
+    if not row.needs_base:
         kwargs["base"] = None
-        merged = ROWS[name].method(models, **kwargs)
-        assert_equal({k: merged[k] for k in copied}, {k: models[0][k] for k in copied})
+        merged = row.method(models, **kwargs)
+        found = {k: merged[k] for k in ("steps", "frozen", "bias")}
+        assert_equal(found, copied(models[0], row.num_models))
 
 
 @every
@@ -141,7 +189,8 @@ def test_list_is_stacked_is_tuple(name):
 @every
 def test_jit_is_eager(name):
     models, kwargs = arguments(ROWS[name])
-    assert_close(jitted(name)(models, **kwargs), eager(name), rtol=1e-5, atol=1e-6)
+    tolerance = ROWS[name].tolerance
+    assert_close(jitted(name)(models, **kwargs), eager(name), rtol=tolerance, atol=1e-6)
 
 
 class OnDisk:
@@ -167,9 +216,10 @@ def test_leaf_by_leaf_is_whole(name):
             lambda leaf, x: OnDisk(leaf, np.asarray(x), reads) if trees.is_inexact(x) else x, tree
         )
 
-    method, (base, *models) = ROWS[name].method, map(on_disk, (kwargs.pop("base"), *models))
+    method, (base, key, inputs) = ROWS[name].method, halves(ROWS[name], kwargs)
+    base, *models = map(on_disk, (base, *models))
     assert not reads
-    plan = method.measure(models, base, None, **kwargs)
+    plan = method.measure(models, base, key, **inputs)
     sweep = [leaf for i, leaf in enumerate(reads) if i == 0 or reads[i - 1] != leaf]
     num_leaves = len(set(reads))
     assert all(len(set(sweep[i : i + num_leaves])) == num_leaves for i in range(len(sweep) - 2))
@@ -218,13 +268,14 @@ def test_gradient_is_finite(name):
     models[0]["dense"]["gain"] = jnp.zeros(())
     models[1]["dense"]["kernel"] = models[0]["dense"]["kernel"]
 
+    base, key, inputs = halves(row, kwargs)
+
     def loss(moving):
         whole = [m | {"dense": d} for m, d in zip(models, moving, strict=True)]
-        plan = row.method.measure(whole, kwargs["base"], None, **inputs)
-        merged = row.method.combine(plan, whole, kwargs["base"])
+        plan = row.method.measure(whole, base, key, **inputs)
+        merged = row.method.combine(plan, whole, base)
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(merged["dense"]))
 
-    inputs = {k: v for k, v in kwargs.items() if k != "base"}
     gradient = jax.jit(jax.grad(loss))([m["dense"] for m in models])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
@@ -260,10 +311,30 @@ def test_mismatched_models_are_errors_that_name_the_leaf(name):
 
 
 @every
-def test_a_missing_base_is_an_error(name):
-    if ROWS[name].needs_base:
-        with pytest.raises(ValueError, match="base="):
-            ROWS[name].method(arguments(ROWS[name])[0])
+def test_a_missing_base_or_key_is_an_error(name):
+    row = ROWS[name]
+    models, kwargs = arguments(row)
+    for needed in ["base"] * row.needs_base + ["key"] * row.needs_key:
+        with pytest.raises(ValueError, match=f"{needed}="):
+            row.method(models, **{k: v for k, v in kwargs.items() if k != needed})
+
+
+@every
+def test_the_same_key_draws_the_same(name):
+    """Whatever the order of the leaves; another key draws something else."""
+    row = ROWS[name]
+    if not row.needs_key:
+        return
+    models, kwargs = arguments(row)
+    kernel = eager(name)["dense"]["kernel"]
+
+    def alone(tree):
+        return {"dense": {"kernel": tree["dense"]["kernel"]}}
+
+    few = row.method([alone(m) for m in models], **kwargs | {"base": alone(kwargs["base"])})
+    np.testing.assert_array_equal(few["dense"]["kernel"], kernel)
+    other = row.method(models, **kwargs | {"key": jax.random.key(1)})
+    assert not np.array_equal(other["dense"]["kernel"], kernel)
 
 
 @every
@@ -271,28 +342,19 @@ def test_wrong_number_of_models_or_weights(name):
     models, kwargs = arguments(ROWS[name])
     maker = merge.METHODS[name]
     if "weights" in inspect.signature(maker).parameters:
-        with pytest.raises(ValueError, match="each of the 3 models"):
-            maker(weights=[0.5, 0.5])(models, **kwargs)
+        num_models = len(models)
+        with pytest.raises(ValueError, match=f"each of the {num_models} models"):
+            maker(weights=[0.5] * (num_models - 1))(models, **kwargs)
         with pytest.raises(ValueError, match="finite"):
             maker(weights=[0.5, 0.5, np.nan])
-    else:
+    if ROWS[name].pair:
         with pytest.raises(ValueError, match="two models, got 1"):
             ROWS[name].method(models[:1], **kwargs)
 
 
-@every
-def test_parse_makes_the_method(name):
-    row = ROWS[name]
-    models, kwargs = arguments(row)
-    text = {
-        "fisher": "fisher(normalize=True)",
-        "interpolate": "interpolate(0.3)",
-        "slerp": "slerp(t=0.3)",
-        "task_arithmetic": "task_arithmetic(scale=0.5)",
-        "ties": "ties(density=0.5)",
-    }.get(name, name)
-    assert_equal(merge.parse(text)(models, **kwargs), eager(name))
-    assert merge.parse(row.method) is row.method
+def test_parse_passes_methods_through():
+    method = merge.average()
+    assert merge.parse(method) is method
 
 
 @settings(max_examples=15, deadline=None)
