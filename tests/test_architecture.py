@@ -11,11 +11,12 @@ ROOT = pathlib.Path(__file__).parents[1] / "mixlab"
 FILES = sorted(ROOT.rglob("*.py"))
 
 # package or module -> what of mixlab it may import besides itself
-FOUNDATION = {"types", "trees", "spec"}
+FOUNDATION = {"types", "trees", "spec", "random"}
 MAY_IMPORT = {
     "types": set(),
     "trees": {"types"},
     "spec": set(),
+    "random": {"types"},
     "augment": FOUNDATION,
     "merge": FOUNDATION,
     "align": FOUNDATION,
