@@ -15,6 +15,7 @@ from mixlab.merge.averaging import average, interpolate
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
 from mixlab.merge.reports import report, table
+from mixlab.merge.rules import reconcile
 from mixlab.merge.spherical import slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
 from mixlab.merge.task_vectors import task_arithmetic, ties
@@ -32,6 +33,7 @@ __all__ = [
     "fisher",
     "interpolate",
     "parse",
+    "reconcile",
     "reduce",
     "report",
     "rescale",
