@@ -31,7 +31,18 @@ MAY_IMPORT = {
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
     "bench": FOUNDATION | {"augment"},
-    "cli": FOUNDATION | {"agents", "augment", "train", "report", "checkpoint", "gallery", "bench"},
+    "cli": FOUNDATION
+    | {
+        "agents",
+        "augment",
+        "bench",
+        "checkpoint",
+        "figures",
+        "gallery",
+        "merge",
+        "report",
+        "train",
+    },
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
@@ -41,6 +52,7 @@ ONLY_IN = {
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
+    "safetensors": {"checkpoint"},
     "matplotlib": {"figures", "gallery", "report"},
     "ml_collections": {"experiment", "train", "cli"},
 }

@@ -31,12 +31,12 @@ def report(
         notes: what else is to be said of a leaf, by name.
 
     Returns:
-        Plain numbers and lists: `"models"` M; `"leaves"`, by name a dict of
-        `norm [M]` of the task vectors; `cosine [M, M]` between them (0 where one is zero);
-        `conflict`, the fraction of entries where one is positive and another negative;
-        `size`, the number of entries; `not_finite`, how many entries of all the models are
-        infinite or NaN; and with `merged` also `merged_norm` of its task vector (a list if
-        `per_model`), `kept`, the fraction of its entries that are not zero, and
+        Plain numbers and lists: `"models"` M; `"leaves"`, by name a dict of `norm [M]` of the task
+        vectors; `cosine [M, M]` between them (0 where one is zero); `distance [M, M]` of the
+        models from each other; `conflict`, the fraction of entries where one is positive and
+        another negative; `size`, the number of entries; `not_finite`, how many entries of all the
+        models are infinite or NaN; and with `merged` also `merged_norm` of its task vector (a list
+        if `per_model`), `kept`, the fraction of its entries that are not zero, and
         `merged_not_finite`. `"copied"`, by name: whether the models differ in a leaf that was
         copied, not merged. `"notes"` as they were given.
 
@@ -77,11 +77,13 @@ def _measure(stacked: Array, origin: Array) -> dict[str, Array]:
     taus = (stacked - origin).reshape(stacked.shape[0], -1)
     norms = jnp.sqrt(jnp.sum(jnp.square(taus), axis=1))
     units = taus / jnp.where(norms > 0, norms, 1)[:, None]
+    distances = [jnp.sqrt(jnp.sum(jnp.square(taus - tau), axis=1)) for tau in taus]
     conflicts = jnp.any(taus > 0, axis=0) & jnp.any(taus < 0, axis=0)
     size = max(taus.shape[1], 1)
     return {
         "norm": norms,
         "cosine": jnp.matmul(units, units.T, precision="highest"),
+        "distance": jnp.stack(distances),
         "conflict": jnp.sum(conflicts) / size,
         "not_finite": jnp.sum(~jnp.isfinite(stacked)),
         "nonzero": jnp.sum(taus != 0) / taus.size if taus.size else jnp.zeros(()),
@@ -89,23 +91,24 @@ def _measure(stacked: Array, origin: Array) -> dict[str, Array]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report as text: one line a leaf, the mean cosine of all pairs, and what was copied."""
-    header = ["leaf", "norm", "cosine", "conflict", "not finite"]
+    """A report as text, a line a leaf; distance and cosine are means over the pairs of models."""
+    header = ["leaf", "norm", "distance", "cosine", "conflict", "not finite"]
     has_merged = any("kept" in numbers for numbers in report["leaves"].values())
     rows = [header + (["merged norm", "kept"] if has_merged else [])]
     above = np.triu_indices(report["models"], 1)
     for name, numbers in report["leaves"].items():
-        cosines = np.asarray(numbers["cosine"])[above]
+        distances, cosines = (np.asarray(numbers[key])[above] for key in ("distance", "cosine"))
         cells = [
             name,
-            " ".join(f"{norm:.3g}" for norm in numbers["norm"]),
+            _numbers(numbers["norm"]),
+            f"{distances.mean():.3g}" if distances.size else "-",
             f"{cosines.mean():.3f}" if cosines.size else "-",
             f"{numbers['conflict']:.1%}",
             str(numbers["not_finite"]),
         ]
         if has_merged:
-            norms = np.atleast_1d(numbers["merged_norm"])
-            cells += [" ".join(f"{norm:.3g}" for norm in norms), f"{numbers['kept']:.1%}"]
+            norms = np.atleast_1d(numbers["merged_norm"]).tolist()
+            cells += [_numbers(norms), f"{numbers['kept']:.1%}"]
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -117,3 +120,9 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"{name}  copied" + (", though the models differ in it" if differ else ""))
     lines += [f"{name}  {note}" for name, note in report["notes"].items()]
     return "\n".join(lines)
+
+
+def _numbers(values: list[float]) -> str:
+    """All of a few, the range of many."""
+    shown = values if len(values) <= 4 else [min(values), max(values)]
+    return (" " if shown is values else " to ").join(f"{value:.3g}" for value in shown)
