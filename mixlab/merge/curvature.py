@@ -62,7 +62,8 @@ def fisher(
         if normalize:
 
             def squares(name: str, fisher: Array) -> Array:
-                return jnp.sum(jnp.square(fisher.reshape(leaves.num_models, -1)), 1).astype(float)
+                each = range(leaves.num_models)
+                return jnp.stack([jnp.sum(jnp.square(fisher[m])) for m in each]).astype(float)
 
             norms = jnp.sqrt(given.total(squares, jnp.zeros(leaves.num_models, float)))
             if not isinstance(norms, jax.core.Tracer) and not jnp.all(norms > 0):
@@ -81,20 +82,22 @@ def fisher(
         given = _open_fishers(plan["fishers"], opened.leaves)
         coefficients = plan["coefficients"] / jnp.sum(plan["coefficients"])
 
+        def raised(m: int, information: Array) -> Array:
+            if floor_mode == "add":
+                return information + floor
+            return jnp.maximum(information, floor) if floor_mode == "max" or m == 0 else information
+
         def merge(name: str, stacked: Array) -> Array:
             core.check_real(name, stacked.dtype, "fisher")
             information = given.read(name)
-            if floor_mode == "add":
-                information = information + floor
-            elif floor_mode == "max":
-                information = jnp.maximum(information, floor)
-            else:
-                information = information.at[0].max(floor)
-            shares = information * core.along_models(coefficients, stacked)
-            total = jnp.sum(shares, axis=0)
-            plain = core.along_models(coefficients, stacked)
-            shares = jnp.where(total > 0, shares / jnp.where(total > 0, total, 1), plain)
-            return jnp.sum(shares * stacked, axis=0)
+            # Model by model, so that under jit one loop reads every leaf once and stacks nothing.
+            plain, above, below = jnp.zeros((3, *stacked.shape[1:]), stacked.dtype)
+            for m in range(opened.leaves.num_models):
+                coefficient = coefficients[m].astype(stacked.dtype)
+                share = coefficient * raised(m, information[m])
+                plain = plain + coefficient * stacked[m]
+                above, below = above + share * stacked[m], below + share
+            return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), plain)
 
         return opened.write(opened.leaves.map(merge).read)
 
