@@ -177,9 +177,16 @@ def diagonal_fisher(
             rows = start + np.arange(size)
             at = np.minimum(rows, num_inputs - 1)
             part = jax.tree.map(lambda leaf: leaf[at], x)  # noqa: B023
-            examples = (part, num_seen + rows, rows < num_inputs, None if given is None else given[at])
+            examples = (
+                part,
+                num_seen + rows,
+                rows < num_inputs,
+                None if given is None else given[at],
+            )
             for low in range(0, shape[1] if labels == "exact" else 1, len(classes)):
-                total = _add_squares(log_probs_fn, labels, params, total, examples, low + classes, key)
+                total = _add_squares(
+                    log_probs_fn, labels, params, total, examples, low + classes, key
+                )
         num_seen += num_inputs
     if num_seen == 0:
         raise ValueError("inputs must be [N, ...] with N at least 1, got N = 0")
@@ -218,6 +225,7 @@ def _add_squares(
         else:
             drawn = given
             if labels == "sampled":
+                assert key is not None
                 drawn = jax.random.categorical(jax.random.fold_in(key, i), values)
             votes, weights = jnp.asarray(drawn)[None], jnp.ones(1, values.dtype)
         weights = weights * counts.astype(values.dtype)

@@ -200,7 +200,7 @@ def regmean_plus_plus(
         raise ValueError(f"give batches for each of the {len(models)} models, got {len(batches)}")
     if any(iter(each) is each for each in batches):
         raise ValueError("batches are gone through once for every layer: give lists, not iterators")
-    method = regmean(off_diagonal, weights, ridge=ridge)
+    method = jax.jit(regmean(off_diagonal, weights, ridge=ridge))
     merged = average(weights)(models)
     if layers is None:
         layers = []
@@ -219,10 +219,13 @@ def regmean_plus_plus(
         given = []
         for model, its_batches in zip(models, batches, strict=True):
             variables = trees.map_named(at_layer, merged, model)
-            found = trees.named_leaves(grams(apply_fn, variables, its_batches, layers=[layer]))
-            given.append({name: gram for name, gram in found if gram is not None})
-        kernels = [{name: leaves[name] for name in given[0]} for leaves in named]
-        done = method(kernels, grams=given)
+            found = grams(apply_fn, variables, its_batches, layers=[layer])
+            given.append(dict(trees.named_leaves(found)))
+        done = {
+            name: method([leaves[name] for leaves in named], grams=[found[name] for found in given])
+            for name, gram in given[0].items()
+            if gram is not None
+        }
         merged = trees.map_named(lambda name, mean: done.get(name, mean), merged)  # noqa: B023
     return merged
 
@@ -282,8 +285,9 @@ def _rows(module: Any, kernel: Array, x: Array) -> Array | None:
         # The same convolution, whose outputs are the entries of its patch.
         size = math.prod(kernel.shape[:-1])
         eye = jnp.eye(size, dtype=kernel.dtype).reshape(*kernel.shape[:-1], size)
-        patches = module.clone(parent=None, features=size, use_bias=False, precision="highest")
-        return patches.apply({"params": {"kernel": eye}}, x).reshape(-1, size)
+        same = module.clone(parent=None, features=size, use_bias=False, precision="highest")
+        patches: Any = same.apply({"params": {"kernel": eye}}, x)
+        return patches.reshape(-1, size)
     return None
 
 

@@ -21,12 +21,16 @@ def gram(x):
     return {"w": x.T @ x / len(x)}
 
 
+def run(method, models, grams):
+    return jax.jit(method)(models, grams=grams)
+
+
 def test_regressors_merge_to_the_regression_on_all_data():
     """The fits of two data sets of different sizes merge to the fit of both together."""
     scales = np.asarray([1, 1e-3, 1, 20], np.float32)
     inputs, targets = [normal(n, 4) * scales for n in (20, 60)], [normal(20, 3), normal(60, 3)]
     models = [{"w": np.linalg.lstsq(x, y)[0]} for x, y in zip(inputs, targets, strict=True)]
-    merged = merge.regmean(weights=[20, 60])(models, grams=[gram(x) for x in inputs])["w"]
+    merged = run(merge.regmean(weights=[20, 60]), models, [gram(x) for x in inputs])["w"]
     expected = np.linalg.lstsq(np.concatenate(inputs), np.concatenate(targets))[0]
     np.testing.assert_allclose(merged * scales[:, None], expected * scales[:, None], atol=1e-5)
 
@@ -39,13 +43,13 @@ def test_directions_without_inputs_keep_the_mean():
     padded = [np.pad(x, ((0, 0), (0, 2))) for x in seen]
     expected = mean.copy()
     expected[:3] = reference.regmean([m["w"][:3] for m in models], [gram(x)["w"] for x in seen])
-    merged = merge.regmean()(models, grams=[gram(x) for x in padded])["w"]
+    merged = run(merge.regmean(), models, [gram(x) for x in padded])["w"]
     np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(merged[3:], mean[3:])
 
     turn = np.linalg.qr(normal(5, 5))[0]
     turned = [{"w": turn.T @ m["w"]} for m in models]
-    merged = merge.regmean()(turned, grams=[gram(x @ turn) for x in padded])["w"]
+    merged = run(merge.regmean(), turned, [gram(x @ turn) for x in padded])["w"]
     # Of the answers to the inputs there is one that is best; in the rest W stays bounded.
     np.testing.assert_allclose((turn @ merged)[:3], expected[:3], atol=1e-2)
     assert np.max(np.abs(merged)) < 10
@@ -54,7 +58,7 @@ def test_directions_without_inputs_keep_the_mean():
 def test_off_diagonal_weights_and_ridge():
     models = [{"w": normal(3, 2)} for _ in range(2)]
     grams = [gram(normal(9, 3)) for _ in models]
-    merged = merge.regmean(0.6, [1, 3], ridge=0.2)(models, grams=grams)["w"]
+    merged = run(merge.regmean(0.6, [1, 3], ridge=0.2), models, grams)["w"]
     expected = reference.regmean(
         [m["w"] for m in models], [g["w"] for g in grams], 0.6, [1, 3], ridge=0.2
     )
@@ -114,7 +118,8 @@ def test_grams_of_a_linen_model():
     assert {name for name, leaf in trees.named_leaves(grams) if leaf is not None} == {
         f"{name}/kernel" for name in ("conv", "joined", "shared", "split")
     }
-    _, found = APPLY(variables, x, capture_intermediates=True, mutable="intermediates")
+    capture = functools.partial(APPLY, capture_intermediates=True, mutable="intermediates")
+    _, found = jax.jit(capture)(variables, x)
     outputs = {
         name: [np.asarray(y, np.float64) for y in found["intermediates"][name]["__call__"]]
         for name in ("remat", "split", "joined", "shared")
@@ -130,7 +135,7 @@ def test_grams_of_a_linen_model():
         expected = each.T @ each / len(each)
         np.testing.assert_allclose(grams[name]["kernel"], expected, rtol=1e-4, atol=1e-5)
     # They fit the kernels, whatever their axes.
-    merged = merge.regmean()([variables["params"]] * 2, grams=[grams] * 2)
+    merged = run(merge.regmean(), [variables["params"]] * 2, [grams] * 2)
     np.testing.assert_allclose(merged["conv"]["kernel"], variables["params"]["conv"]["kernel"])
 
 
@@ -169,7 +174,8 @@ PATHS = (("trunk", "b"), ("trunk", "a"), ("head",))
 def test_regmean_plus_plus(layers, blocks):
     rng = np.random.default_rng(1)
     data = [rng.normal(size=(40, 3)).astype(np.float32) for _ in range(2)]
-    models = [Chain().init(jax.random.key(i), data[0]) for i in range(2)]
+    init = jax.jit(Chain().init)
+    models = [init(jax.random.key(i), data[0]) for i in range(2)]
     models = [jax.tree.map(lambda w: w + 0.3, model) for model in models]
 
     def chain(model):
