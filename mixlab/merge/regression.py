@@ -320,7 +320,7 @@ def _open_grams(grams: PyTree, leaves: core.Leaves) -> core.Leaves:
 def _solve(gram: Array, right: Array) -> Array:
     """`gram^+ right`, which is zero where `gram [n, n]` is zero, and never NaN.
 
-    By Cholesky's factors where they are sure, which is much quicker, and else by eigenvalues, of
+    By the Cholesky factor where it is sure, which is much quicker, and else by eigenvalues, of
     which those that are rounding are left out.
     """
     if not right.size:
@@ -332,17 +332,26 @@ def _solve(gram: Array, right: Array) -> Array:
     gram = gram * scale[:, None] * scale + jnp.diag(jnp.where(used, 0, 1).astype(gram.dtype))
     right = right * scale[:, None]
     tiny = len(gram) * jnp.finfo(gram.dtype).eps
-    factor = jnp.linalg.cholesky(gram)
 
-    def by_factor() -> Array:
-        return jax.scipy.linalg.cho_solve((factor, True), right)
+    def times(x: Array) -> Array:
+        return jnp.matmul(gram, x, precision="highest")
 
-    def by_eigenvalues() -> Array:
-        values, vectors = jnp.linalg.eigh(gram)
-        kept = values > tiny * values[-1]
-        shares = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)[:, None]
-        along = jnp.matmul(vectors.T, right, precision="highest")
-        return jnp.matmul(vectors, shares * along, precision="highest")
+    def solve(_: Callable[[Array], Array], right: Array) -> Array:
+        factor = jnp.linalg.cholesky(gram)
 
-    sure = jnp.min(jnp.diagonal(factor)) ** 2 > tiny  # not so where the factor is NaN
-    return jax.lax.cond(sure, by_factor, by_eigenvalues) * scale[:, None]
+        def by_factor() -> Array:
+            return jax.scipy.linalg.cho_solve((factor, True), right)
+
+        def by_eigenvalues() -> Array:
+            values, vectors = jnp.linalg.eigh(gram)
+            kept = values > tiny * values[-1]
+            shares = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)[:, None]
+            along = jnp.matmul(vectors.T, right, precision="highest")
+            return jnp.matmul(vectors, shares * along, precision="highest")
+
+        sure = jnp.min(jnp.diagonal(factor)) ** 2 > tiny  # not so where the factor is NaN
+        return jax.lax.cond(sure, by_factor, by_eigenvalues)
+
+    # Differentiated as the solution of an equation, since eigenvectors of equal eigenvalues have
+    # no derivative.
+    return jax.lax.custom_linear_solve(times, right, solve, symmetric=True) * scale[:, None]

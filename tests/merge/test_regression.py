@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -63,6 +64,25 @@ def test_off_diagonal_weights_and_ridge():
         [m["w"] for m in models], [g["w"] for g in grams], 0.6, [1, 3], ridge=0.2
     )
     np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_through_many_merges_at_once():
+    """With respect to `off_diagonal`, at 1 of a singular matrix whose eigenvalues are equal."""
+    models = [{"w": normal(4, 2)} for _ in range(2)]
+    eye, ones = np.eye(2, dtype=np.float32), np.ones((2, 2), np.float32)
+    grams = [{"w": np.kron(eye, ones)}, {"w": np.kron(ones, eye)}]
+
+    @jax.jit
+    @jax.vmap
+    def both(ratio):
+        def loss(ratio):
+            return jnp.sum(merge.regmean(ratio)(models, grams=grams)["w"] ** 2)
+
+        return loss(ratio), jax.grad(loss)(ratio)
+
+    values, slopes = both(jnp.asarray([0.49, 0.5, 0.51, 1.0]))
+    assert np.all(np.isfinite(slopes))
+    np.testing.assert_allclose(slopes[1], (values[2] - values[0]) / 0.02, rtol=1e-2, atol=1e-3)
 
 
 def test_wrong_grams():
@@ -135,8 +155,9 @@ def test_grams_of_a_linen_model():
         expected = each.T @ each / len(each)
         np.testing.assert_allclose(grams[name]["kernel"], expected, rtol=1e-4, atol=1e-5)
     # They fit the kernels, whatever their axes.
-    merged = run(merge.regmean(), [variables["params"]] * 2, [grams] * 2)
-    np.testing.assert_allclose(merged["conv"]["kernel"], variables["params"]["conv"]["kernel"])
+    conv = {name: variables["params"]["conv"][name] for name in ("kernel", "bias")}
+    merged = run(merge.regmean(), [conv] * 2, [grams["conv"]] * 2)
+    np.testing.assert_allclose(merged["kernel"], conv["kernel"], rtol=1e-6)
 
 
 def test_grams_of_some_layers():
