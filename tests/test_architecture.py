@@ -48,7 +48,8 @@ MAY_IMPORT = {
 }
 # Heavy or special packages, and the only places that may name them.
 ONLY_IN = {
-    "flax": {"models", "augment"},  # augment.manifold, when it runs a Linen module
+    # augment.manifold and merge.grams, when they run a Linen module
+    "flax": {"models", "augment", "merge"},
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},

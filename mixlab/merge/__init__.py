@@ -14,6 +14,7 @@ from mixlab import spec
 from mixlab.merge.averaging import average, interpolate
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
+from mixlab.merge.regression import grams, regmean, regmean_plus_plus
 from mixlab.merge.reports import report, table
 from mixlab.merge.rules import reconcile
 from mixlab.merge.spherical import slerp
@@ -31,10 +32,13 @@ __all__ = [
     "diagonal_fisher",
     "elect_sign",
     "fisher",
+    "grams",
     "interpolate",
     "parse",
     "reconcile",
     "reduce",
+    "regmean",
+    "regmean_plus_plus",
     "report",
     "rescale",
     "slerp",
@@ -47,7 +51,7 @@ __all__ = [
 
 METHODS = {
     method.__name__: method
-    for method in (average, fisher, interpolate, slerp, task_arithmetic, ties)
+    for method in (average, fisher, interpolate, regmean, slerp, task_arithmetic, ties)
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
 

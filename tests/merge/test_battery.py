@@ -50,10 +50,19 @@ def fishers(models):
     return {"fishers": [jax.tree.map(jnp.square, model(i + 10)) for i in range(len(models))]}
 
 
+def grams(models):
+    """Of the kernel alone, made of inputs that span it only together; the third's are zero."""
+    inputs = [np.random.default_rng(i).normal(size=(3, 4)) * (i != 2) for i in range(len(models))]
+    return {
+        "grams": [{"dense": {"kernel": jnp.asarray(x.T @ x, jnp.float32)}} for x in inputs],
+    }
+
+
 ROWS = {
     "average": Row("average"),
     "fisher": Row("fisher(normalize=True)", inputs=fishers),
     "interpolate": Row("interpolate(0.3)", num_models=2, pair=True, symmetric=False),
+    "regmean": Row("regmean(off_diagonal=0.9)", inputs=grams),
     "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "task_arithmetic": Row("task_arithmetic(scale=0.5)", needs_base=True),
     "ties": Row("ties(density=0.5)", needs_base=True),
