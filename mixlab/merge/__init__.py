@@ -15,8 +15,10 @@ from mixlab.merge.averaging import average, interpolate
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
 from mixlab.merge.reports import report, table
-from mixlab.merge.spherical import slerp
+from mixlab.merge.spectral import iso_c, iso_cts, tsv
+from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
+from mixlab.merge.stock import model_stock
 from mixlab.merge.task_vectors import task_arithmetic, ties
 
 __all__ = [
@@ -31,6 +33,12 @@ __all__ = [
     "elect_sign",
     "fisher",
     "interpolate",
+    "iso_c",
+    "iso_cts",
+    "karcher",
+    "model_stock",
+    "multislerp",
+    "nuslerp",
     "parse",
     "reduce",
     "report",
@@ -40,12 +48,27 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "trim",
+    "tsv",
     "weigh",
 ]
 
 METHODS = {
     method.__name__: method
-    for method in (average, fisher, interpolate, slerp, task_arithmetic, ties)
+    for method in (
+        average,
+        fisher,
+        interpolate,
+        iso_c,
+        iso_cts,
+        karcher,
+        model_stock,
+        multislerp,
+        nuslerp,
+        slerp,
+        task_arithmetic,
+        ties,
+        tsv,
+    )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
 
