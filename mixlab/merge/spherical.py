@@ -233,16 +233,27 @@ def karcher(
         shares = core.per_model(weights, leaves.num_models)
         shares = shares / jnp.sum(shares)
 
-        def decide(name: str, stacked: Array) -> Array:
+        def relate(name: str, stacked: Array) -> tuple[Array, Array]:
             core.check_real(name, stacked.dtype, "karcher")
-            flat, w = stacked.reshape(stacked.shape[0], -1), shares.astype(stacked.dtype)
+            flat = stacked.reshape(stacked.shape[0], -1)
             norms = _norm(flat, 1)
             safe = _divisor(norms, 0)
             products = jnp.matmul(flat, flat.T, precision="highest") / (safe * safe[:, None])
-            direction = _karcher_direction(products, jnp.where(norms > 0, w, 0), max_iter, tol)
-            return jnp.sum(w * norms) * direction / safe
+            return products.astype(float), norms.astype(float)
 
-        return {"coefficients": leaves.each(decide)}
+        related = leaves.each(relate)
+        if not related:
+            return {"coefficients": {}}
+        # One loop for all leaves, which compiles once.
+        products, norms = (jnp.stack(many) for many in zip(*related.values(), strict=True))
+
+        def decide(products: Array, norms: Array) -> Array:
+            w = jnp.where(norms > 0, shares, 0)
+            direction = _karcher_direction(products, w, max_iter, tol)
+            return jnp.sum(shares * norms) * direction / _divisor(norms, 0)
+
+        coefficients = jax.vmap(decide)(products, norms)
+        return {"coefficients": dict(zip(related, coefficients, strict=True))}
 
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
         def merge(name: str, stacked: Array) -> Array:

@@ -1,6 +1,7 @@
 """Model stock: how far to go from the base to the average, from the angle between the models."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from mixlab.merge import core
 from mixlab.types import Array, Key, Plan, PyTree
@@ -52,11 +53,15 @@ def model_stock(
         def decide(name: str, stacked: Array) -> Plan:
             core.check_real(name, stacked.dtype, "model_stock")
             taus = stacked - bases.read(name)
-            rank = taus.ndim - 1
-            axes = tuple(range(1, rank + 1))
-            if filter_wise and rank > 1:
-                axes = axes[:-1] if out_last else axes[-1:]
-            c = _mean_cosine(taus, axes, angle)
+            shape = taus.shape[1:]
+            if not filter_wise or len(shape) < 2:
+                vectors, many = taus.reshape(len(taus), 1, -1), ()
+            elif out_last:
+                vectors = jnp.swapaxes(taus.reshape(len(taus), -1, shape[-1]), 1, 2)
+                many = shape[-1:]
+            else:
+                vectors, many = taus.reshape(len(taus), -1, shape[-1]), (*shape[:-1], 1)
+            c = _mean_cosine(vectors, angle).reshape(many)
             num_models = len(taus)
             bound = 1 + (num_models - 1) * c
             is_bounded = bound > 16 * float(jnp.finfo(c.dtype).eps)
@@ -78,21 +83,20 @@ def model_stock(
     return core.MergeMethod(measure, combine)
 
 
-def _mean_cosine(taus: Array, axes: tuple[int, ...], angle: str) -> Array:
-    """The mean over the pairs of `[M, ...]`; `axes` hold the vectors and stay at length one."""
-    squares = jnp.sum(jnp.square(taus), axes, keepdims=True)
+def _mean_cosine(vectors: Array, angle: str) -> Array:
+    """The mean over the pairs of M models, `[M, F, n]` to `[F]`; 1 for one model."""
+    num_models = len(vectors)
+    if num_models == 1:
+        return jnp.ones_like(vectors[0, :, 0])
+    squares = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
     # A task vector of zeros is at right angles to all others; the root of zero has no gradient.
-    units = taus * jnp.where(squares > 0, jnp.where(squares > 0, squares, 1) ** -0.5, 0)
-    pairs = [
-        jnp.clip(jnp.sum(units[:i] * units[i], axes, keepdims=True), -1, 1)
-        for i in range(1, len(taus))
-    ]
-    if not pairs:
-        return jnp.ones_like(squares[0])
-    cosines = jnp.concatenate(pairs)
+    is_long = squares > 0
+    units = jnp.where(is_long, vectors * jnp.where(is_long, squares, 1) ** -0.5, 0)
+    products = jnp.einsum("ifn,jfn->ijf", units, units, precision="highest")
+    cosines = jnp.clip(products[np.triu_indices(num_models, 1)], -1, 1)
     if angle == "cosine":
         return jnp.mean(cosines, axis=0)
-    # Where arccos has no gradient, at 0 and 180 degrees, the angle is taken as given.
+    # arccos has no gradient at 0 and 180 degrees; there the angle is taken as given.
     is_inside = jnp.abs(cosines) < 1
     angles = jnp.arccos(jnp.where(is_inside, cosines, 0))
     flat = jnp.where(cosines > 0, 0, jnp.pi).astype(angles.dtype)
