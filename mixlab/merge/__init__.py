@@ -11,6 +11,7 @@ and None leaves are copied from the base, never averaged; `merge.report` tells w
 """
 
 from mixlab import spec
+from mixlab.merge.adapters import apply_lora, extract_lora, merge_lora
 from mixlab.merge.averaging import average, interpolate
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
@@ -27,15 +28,18 @@ __all__ = [
     "MergeMethod",
     "Stage",
     "TaskVectors",
+    "apply_lora",
     "average",
     "chain",
     "diagonal_fisher",
     "elect_sign",
+    "extract_lora",
     "fisher",
     "interpolate",
     "iso_c",
     "iso_cts",
     "karcher",
+    "merge_lora",
     "model_stock",
     "multislerp",
     "nuslerp",

@@ -88,13 +88,13 @@ def iso_cts(
         each = min(round((rank - common) / num_models), rank // num_models)
         common = rank - each * num_models
         u, s, vt = svd(jnp.sum(taus, axis=0), common)
-        outside = taus - _matmul(u, _matmul(u.T, taus))
+        outside = taus - matmul(u, matmul(u.T, taus))
         of_models = svd(outside, each)
         lefts, rights = _side_by_side(of_models[0]), of_models[2].reshape(-1, taus.shape[2])
         mean = (jnp.sum(s) + jnp.sum(of_models[1])) / rank
         left = polar(jnp.concatenate([u, lefts], axis=1))
         right = polar(jnp.concatenate([vt, rights]))
-        return mean * _matmul(left, right)
+        return mean * matmul(left, right)
 
     return _method("iso_cts", merge, scale, None, exclude, fold)
 
@@ -143,7 +143,7 @@ def tsv(
         kept = max(1, rank // len(taus) if density is None else int(density * rank))
         u, s, vt = svd(taus, kept)
         left, right = polar(_side_by_side(u)), polar(vt.reshape(-1, taus.shape[2]))
-        return _matmul(left * s.reshape(-1), right)
+        return matmul(left * s.reshape(-1), right)
 
     return _method("tsv", merge, scale, weights, exclude, fold)
 
@@ -172,21 +172,21 @@ def polar(matrix: Array) -> Array:
     values included, and finite always.
     """
     u, _, vt = _svd(matrix)
-    return _matmul(u, vt)
+    return matmul(u, vt)
 
 
 @polar.defjvp
 def _polar_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (matrix,), (moved,) = primals, tangents
     u, s, vt = _svd(matrix)
-    factor = _matmul(u, vt)
-    inner = _matmul(u.T, _matmul(moved, vt.T))
+    factor = matmul(u, vt)
+    inner = matmul(u.T, matmul(moved, vt.T))
     turn = (inner - inner.T) * _inverse(s[:, None] + s)
     over = vt.T * _inverse(s)
-    out = _matmul(moved, over) - _matmul(u, _matmul(u.T, _matmul(moved, over)))
-    across = _matmul(u * _inverse(s), _matmul(u.T, moved))
-    beside = across - _matmul(_matmul(across, vt.T), vt)
-    return factor, _matmul(_matmul(u, turn), vt) + _matmul(out, vt) + beside
+    out = matmul(moved, over) - matmul(u, matmul(u.T, matmul(moved, over)))
+    across = matmul(u * _inverse(s), matmul(u.T, moved))
+    beside = across - matmul(matmul(across, vt.T), vt)
+    return factor, matmul(matmul(u, turn), vt) + matmul(out, vt) + beside
 
 
 @jax.custom_jvp
@@ -204,19 +204,19 @@ def _svd_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tupl
     (matrices,), (moved,) = primals, tangents
     u, s, vt = _svd(matrices)
     ut, v = jnp.matrix_transpose(u), jnp.matrix_transpose(vt)
-    inner = _matmul(ut, _matmul(moved, v))
+    inner = matmul(ut, matmul(moved, v))
     innert = jnp.matrix_transpose(inner)
     row, column = s[..., :, None], s[..., None, :]
     gap = (column - row) * (column + row)
     # Singular values closer than rounding count as equal.
     is_apart = jnp.abs(gap) > 4 * float(jnp.finfo(s.dtype).eps) * jnp.square(s[..., :1, None])
     turn = jnp.where(is_apart, _inverse(jnp.where(is_apart, gap, 0)), 0)
-    du = _matmul(u, turn * (inner * column + row * innert))
-    dv = _matmul(v, turn * (row * inner + innert * column))
-    over = _matmul(moved, v) * _inverse(column)
-    across = _matmul(jnp.matrix_transpose(moved), u) * _inverse(column)
-    du = du + over - _matmul(u, _matmul(ut, over))
-    dv = dv + across - _matmul(v, _matmul(vt, across))
+    du = matmul(u, turn * (inner * column + row * innert))
+    dv = matmul(v, turn * (row * inner + innert * column))
+    over = matmul(moved, v) * _inverse(column)
+    across = matmul(jnp.matrix_transpose(moved), u) * _inverse(column)
+    du = du + over - matmul(u, matmul(ut, over))
+    dv = dv + across - matmul(v, matmul(vt, across))
     ds = jnp.diagonal(inner, axis1=-2, axis2=-1)
     return (u, s, vt), (du, ds, jnp.matrix_transpose(dv))
 
@@ -282,7 +282,8 @@ def _method(
     return core.MergeMethod(measure, combine)
 
 
-def _matmul(a: Array, b: Array) -> Array:
+def matmul(a: Array, b: Array) -> Array:
+    """The matrix product, in the precision of its factors on every device."""
     # "highest" because accelerators would otherwise round the factors to bfloat16 or TF32.
     return jnp.matmul(a, b, precision="highest")
 

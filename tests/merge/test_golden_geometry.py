@@ -6,7 +6,7 @@ import numpy as np
 
 from mixlab import merge
 from tests import golden
-from tests.merge.test_golden import WEIGHTS, check, compare, inputs, tree
+from tests.merge.test_golden import WEIGHTS, check, compare, inputs
 
 __all__ = ["inputs"]
 
