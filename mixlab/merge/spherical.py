@@ -278,9 +278,12 @@ def _karcher_direction(products: Array, weights: Array, max_iter: int, tol: floa
     def square(x: Array) -> Array:
         return jnp.matmul(x, jnp.matmul(products, x, precision="highest"), precision="highest")
 
+    # Squares come of inner products, so what cancels leaves their rounding errors.
+    noise = 32 * float(jnp.finfo(products.dtype).eps)
+
     def normalize(x: Array, fallback: Array) -> Array:
         length = square(x)
-        is_long = length > tol**2
+        is_long = length > noise
         return jnp.where(is_long, x / jnp.sqrt(jnp.where(is_long, length, 1)), fallback)
 
     weights = weights / _divisor(jnp.sum(weights), 0)

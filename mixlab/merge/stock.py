@@ -53,14 +53,14 @@ def model_stock(
         def decide(name: str, stacked: Array) -> Plan:
             core.check_real(name, stacked.dtype, "model_stock")
             taus = stacked - bases.read(name)
-            shape = taus.shape[1:]
-            if not filter_wise or len(shape) < 2:
+            *rows, size = taus.shape[1:] if taus.ndim > 1 else (1,)
+            if not filter_wise or not rows:
                 vectors, many = taus.reshape(len(taus), 1, -1), ()
-            elif out_last:
-                vectors = jnp.swapaxes(taus.reshape(len(taus), -1, shape[-1]), 1, 2)
-                many = shape[-1:]
             else:
-                vectors, many = taus.reshape(len(taus), -1, shape[-1]), (*shape[:-1], 1)
+                vectors = taus.reshape(len(taus), int(np.prod(rows)), size)
+                many = (*rows, 1)
+            if many and out_last:
+                vectors, many = jnp.swapaxes(vectors, 1, 2), (size,)
             c = _mean_cosine(vectors, angle).reshape(many)
             num_models = len(taus)
             bound = 1 + (num_models - 1) * c
@@ -87,7 +87,7 @@ def _mean_cosine(vectors: Array, angle: str) -> Array:
     """The mean over the pairs of M models, `[M, F, n]` to `[F]`; 1 for one model."""
     num_models = len(vectors)
     if num_models == 1:
-        return jnp.ones_like(vectors[0, :, 0])
+        return jnp.ones(vectors.shape[1], vectors.dtype)
     squares = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
     # A task vector of zeros is at right angles to all others; the root of zero has no gradient.
     is_long = squares > 0
