@@ -25,88 +25,111 @@ def as_jax(tree, dtype="float32"):
 
 def test_kernels_of_higher_rank(x64):
     """Averaged, or decomposed as one matrix."""
-    base, models = case((2, 3, 5))
-    matrices = np.stack([(m["w"] - base["w"]).reshape(6, 5) for m in models])
+    base, models = case((2, 3, 5), 2)
+    taus = np.stack([(m["w"] - base["w"]).reshape(6, 5) for m in models])
     expected = {
-        "iso_c(0.5": reference.iso_c(matrices),
-        "tsv(0.5": reference.tsv(matrices, 1),
-        "tsv(0.5, density=0.4": reference.tsv(matrices[:2], 2),
+        "iso_c(0.5, fold=True)": reference.iso_c(taus),
+        "tsv(0.5, fold=True)": reference.tsv(taus, 2),
+        "tsv(0.5, density=0.3, fold=True)": reference.tsv(taus, 1),
+        "iso_c(0.5)": np.mean(taus, axis=0),
+        "tsv(0.5, fold=True, exclude='^w$')": np.mean(taus, axis=0),
     }
-    for text, delta in expected.items():
-        few = models[:2] if "density" in text else models
-        mean = np.mean([m["w"] - base["w"] for m in few], axis=0)
-        for extra, value in (
-            (", fold=True)", delta.reshape(2, 3, 5)),
-            (")", mean),
-            (", fold=True, exclude='^w$')", mean),
-        ):
-            merged = merge.parse(text + extra)(as_jax(few, float), base=as_jax(base, float))
-            np.testing.assert_allclose(merged["w"], base["w"] + 0.5 * value, rtol=1e-10, atol=1e-12)
-            bias = np.mean([m["bias"] for m in few], axis=0) + base["bias"]
-            np.testing.assert_allclose(merged["bias"], bias / 2, rtol=1e-12)
+
+    @jax.jit
+    def run(models, base):
+        return {text: merge.parse(text)(models, base=base) for text in expected}
+
+    bias = (base["bias"] + np.mean([m["bias"] for m in models], axis=0)) / 2
+    for text, merged in run(as_jax(models, float), as_jax(base, float)).items():
+        found = (merged["w"] - base["w"]).reshape(6, 5)
+        np.testing.assert_allclose(found, 0.5 * expected[text], atol=1e-12, err_msg=text)
+        np.testing.assert_allclose(merged["bias"], bias, rtol=1e-12)
 
 
 def test_a_model_that_learned_nothing_does_not_disturb():
     """Of a task vector of zeros a decomposition returns arbitrary directions; none is used."""
     base, models = as_jax(case((6, 5), 2))
-    for kept in (1.0, 0.4):
-        method = merge.tsv(density=kept)
+
+    @jax.jit
+    def run(models, base):
+        method = merge.tsv(density=0.4)
         two, three = method(models, base=base), method([*models, base], base=base)
-        np.testing.assert_allclose(two["w"], three["w"], rtol=1e-5, atol=1e-6)
-    alone = merge.tsv(density=1.0)(models[:1], base=base)
-    np.testing.assert_allclose(alone["w"], models[0]["w"], rtol=1e-5, atol=1e-5)
+        return two["w"], three["w"], merge.tsv(density=1.0)(models[:1], base=base)["w"]
+
+    two, three, alone = run(models, base)
+    np.testing.assert_allclose(two, three, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(alone, models[0]["w"], rtol=1e-5, atol=1e-5)
 
 
 def test_weights_multiply_the_task_vectors():
     base, models = as_jax(case((4, 4), 2))
-    moved = [
-        {n: base[n] + w * (m[n] - base[n]) for n in m} for w, m in zip((2, -1), models, strict=True)
-    ]
-    found = merge.tsv(weights=[2, -1])(models, base=base)
-    expected = merge.tsv()(moved, base=base)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)
+
+    @jax.jit
+    def run(models, base):
+        first, second = (jax.tree.map(jnp.subtract, m, base) for m in models)
+        moved = [
+            jax.tree.map(lambda x, d: x + 2 * d, base, first),
+            jax.tree.map(lambda x, d: x - d, base, second),
+        ]
+        return merge.tsv(weights=[2, -1])(models, base=base), merge.tsv()(moved, base=base)
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *run(models, base))
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_common_spaces_of_any_size(fraction):
+def test_the_scale_may_be_traced():
+    base, models = as_jax(case((4, 3), 2))
+
+    def length(scale):
+        return jnp.sum(jnp.square(merge.iso_c(scale)(models, base=base)["w"] - base["w"]))
+
+    found, slope = jax.jit(jax.vmap(jax.value_and_grad(length)))(jnp.asarray([1.0, 2.0]))
+    np.testing.assert_allclose(found[1], 4 * found[0], rtol=1e-5)
+    np.testing.assert_allclose(slope, found * jnp.asarray([2.0, 1.0]), rtol=1e-5)
+
+
+def test_common_spaces_of_any_size():
     """From nothing in common, where rounding asks for more directions than there are, to all."""
     base, models = as_jax(case((3, 7), 2))
-    merged = merge.iso_cts(1.0, fraction)(models, base=base)["w"]
-    values = np.linalg.svd(np.asarray(merged - base["w"]), compute_uv=False)
-    assert np.all(np.isfinite(merged))
-    np.testing.assert_allclose(values, values[0], rtol=1e-4)
-    if fraction == 1:
-        np.testing.assert_allclose(merged, merge.iso_c()(models, base=base)["w"], atol=1e-5)
+    methods = {str(x): merge.iso_cts(1.0, x) for x in (0.0, 0.3, 1.0)} | {"iso_c": merge.iso_c()}
+    run = jax.jit(lambda models, base: {x: m(models, base=base) for x, m in methods.items()})
+    merged = {x: model["w"] - base["w"] for x, model in run(models, base).items()}
+    for delta in merged.values():
+        values = np.linalg.svd(np.asarray(delta), compute_uv=False)
+        np.testing.assert_allclose(values, values[0], rtol=1e-4)
+    np.testing.assert_allclose(merged["1.0"], merged["iso_c"], atol=1e-5)
+    assert not np.allclose(merged["0.3"], merged["iso_c"], atol=1e-2)
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
-def test_gradients_are_those_of_finite_differences(shape, x64):
+@pytest.mark.parametrize(
+    ("what", "shape"), [("polar", (4, 3)), ("polar", (3, 4)), ("iso_cts", (4, 3)), ("tsv", (4, 3))]
+)
+def test_gradients_are_those_of_finite_differences(what, shape, x64):
     rng = np.random.default_rng(3)
-    x, direction, out = (jnp.asarray(a) for a in rng.normal(size=(3, *shape)))
+    x, y, along, out = rng.normal(size=(4, *shape))
+    methods = {"iso_cts": merge.iso_cts(1.0, 0.4), "tsv": merge.tsv()}
 
-    def truncated(x):
-        u, s, vt = spectral.svd(x, 2)
-        return jnp.sum(out * ((u * s) @ vt))
+    def fn(x):
+        if what == "polar":
+            return jnp.sum(out * spectral.polar(x))
+        models, zeros = [{"w": x}, {"w": jnp.asarray(y)}], {"w": jnp.zeros(shape)}
+        return jnp.sum(out * methods[what](models, base=zeros)["w"])
 
-    def of_polar(x):
-        return jnp.sum(out * spectral.polar(x))
-
-    lacking = x.at[-1].set(0).at[:, -1].set(0)
-    within = direction.at[-1].set(0).at[:, -1].set(0)
-    # Equal singular values have no derivative of their own; their polar factor has.
-    equal = jnp.eye(*shape) * 2
-    for fn, at, along in (
-        (truncated, x, direction),
-        (of_polar, x, direction),
-        (of_polar, lacking, within),
-        (of_polar, equal, direction),
-    ):
-        found = jnp.sum(jax.grad(fn)(at) * along)
-        expected = (fn(at + 1e-5 * along) - fn(at - 1e-5 * along)) / 2e-5
-        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
-    for fn in (truncated, of_polar):
-        for at in (0 * x, equal):
-            assert np.all(np.isfinite(jax.grad(fn)(at)))
+    at = [x]
+    if what == "polar":
+        # Less than full rank, as long as it stays; and equal singular values, which have no
+        # vectors of their own, but one polar factor.
+        lacking = x * (np.indices(shape) < 2).all(axis=0)
+        at += [lacking, 2 * np.eye(*shape)]
+    along = np.stack([along * (point != 0) if i == 1 else along for i, point in enumerate(at)])
+    at = np.stack(at)
+    points = np.concatenate([at, at + 1e-5 * along, at - 1e-5 * along, [0 * x, np.eye(*shape), y]])
+    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(fn)))(points)
+    num = len(at)
+    expected = (values[num : 2 * num] - values[2 * num : 3 * num]) / 2e-5
+    found = jnp.sum(slopes[:num] * along, axis=(1, 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+    # Where there is no gradient (no rank, equal values, equal models) it is still finite.
+    assert np.all(np.isfinite(slopes))
 
 
 def test_spectral_arguments_out_of_range():
