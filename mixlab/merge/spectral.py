@@ -60,12 +60,11 @@ def iso_cts(
     """Isotropic merging in common and task-specific subspaces.
 
     Of the `r = min(in, out)` directions of a matrix, some are the leading singular vectors of
-    the sum of task vectors, and each model adds the leading `k` of what lies outside of their
-    span (in the space of rows' indices, `U_c U_c^T` taken away from the left). The two collections
-    of vectors are orthogonalised, and all directions get the mean of the collected singular
-    values. `k = round(r (1 - fraction) / M)`, and the common space has what is left. Other leaves
-    become `theta_base + scale * mean_m tau_m`. Equals FusionBench; the order of models does not
-    matter.
+    the sum of task vectors, and each model adds the leading `k` of what these leave of its task
+    vector, `tau_m - U_c U_c^T tau_m`. All the left and all the right vectors are orthogonalised,
+    and every direction gets the mean of the collected singular values. With `c = int(r fraction)`,
+    `k = round((r - c) / M)`, and the common space has what is left. Other leaves become
+    `theta_base + scale * mean_m tau_m`. Equals FusionBench.
 
     Args:
         scale: alpha, a number; may be traced.
@@ -89,7 +88,8 @@ def iso_cts(
         common = rank - each * num_models
         u, s, vt = svd(jnp.sum(taus, axis=0), common)
         outside = taus - matmul(u, matmul(u.T, taus))
-        of_models = svd(outside, each)
+        # What is left of a task vector within the common space is rounding.
+        of_models = svd(outside, each, jnp.sqrt(jnp.sum(jnp.square(taus), axis=(1, 2))))
         lefts, rights = _side_by_side(of_models[0]), of_models[2].reshape(-1, taus.shape[2])
         mean = (jnp.sum(s) + jnp.sum(of_models[1])) / rank
         left = polar(jnp.concatenate([u, lefts], axis=1))
@@ -148,19 +148,23 @@ def tsv(
     return _method("tsv", merge, scale, weights, exclude, fold)
 
 
-def svd(matrices: Array, rank: int) -> tuple[Array, Array, Array]:
+def svd(matrices: Array, rank: int, size: ArrayLike = 0.0) -> tuple[Array, Array, Array]:
     """The largest singular triples of matrices; null directions are zero.
 
     Args:
         matrices: `[..., m, n]`, not empty.
         rank: how many to keep, up to `min(m, n)`.
+        size: `[...]`, the norm of what the matrices were computed from, where that is larger.
 
     Returns:
         `U [..., m, rank]`, `S [..., rank]`, `V^T [..., rank, n]`. Vectors of singular values that
-        are zero to within rounding are zeros. Gradients are finite: of singular values that
-        coincide, the part that would turn their vectors into each other is left out.
+        are zero to within rounding, of the largest or of `size`, are zeros.
+
+    Gradients are finite: of singular values that coincide, the part that would turn their vectors
+    into each other is left out.
     """
-    u, s, vt = _svd(matrices)
+    # The size only tells what is zero, so that it has no gradient.
+    u, s, vt = _svd(matrices, jax.lax.stop_gradient(jnp.asarray(size, matrices.dtype)))
     return u[..., :rank], s[..., :rank], vt[..., :rank, :]
 
 
@@ -171,14 +175,14 @@ def polar(matrix: Array) -> Array:
     Null directions stay zero. The gradient is exact while the rank stays the same, equal singular
     values included, and finite always.
     """
-    u, _, vt = _svd(matrix)
+    u, _, vt = svd(matrix, min(matrix.shape))
     return matmul(u, vt)
 
 
 @polar.defjvp
 def _polar_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (matrix,), (moved,) = primals, tangents
-    u, s, vt = _svd(matrix)
+    u, s, vt = svd(matrix, min(matrix.shape))
     factor = matmul(u, vt)
     inner = matmul(u.T, matmul(moved, vt.T))
     turn = (inner - inner.T) * _inverse(s[:, None] + s)
@@ -190,19 +194,19 @@ def _polar_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 
 
 @jax.custom_jvp
-def _svd(matrices: Array) -> tuple[Array, Array, Array]:
+def _svd(matrices: Array, size: Array) -> tuple[Array, Array, Array]:
     u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
     eps = float(jnp.finfo(s.dtype).eps) * max(matrices.shape[-2:])
-    s = jnp.where(s > eps * s[..., :1], s, 0)
+    s = jnp.where(s > eps * jnp.maximum(s[..., :1], size[..., None]), s, 0)
     has_direction = s > 0
     u = jnp.where(has_direction[..., None, :], u, 0)
     return u, s, jnp.where(has_direction[..., None], vt, 0)
 
 
 @_svd.defjvp
-def _svd_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
-    (matrices,), (moved,) = primals, tangents
-    u, s, vt = _svd(matrices)
+def _svd_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[tuple, tuple]:
+    (matrices, size), (moved, _) = primals, tangents
+    u, s, vt = _svd(matrices, size)
     ut, v = jnp.matrix_transpose(u), jnp.matrix_transpose(vt)
     inner = matmul(ut, matmul(moved, v))
     innert = jnp.matrix_transpose(inner)

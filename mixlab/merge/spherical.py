@@ -78,9 +78,9 @@ def nuslerp(
 
     The formula of `slerp`, with three differences: the straight line is taken only where the
     vectors are parallel to within rounding; with a `base=` the task vectors are interpolated and
-    added to it; and a leaf can be many vectors. Exactly opposite vectors have no arc between
-    them: they cancel to zero unless `t` is 0 or 1. These are mergekit's rules (there, opposite
-    vectors divide rounding errors by `sin(pi)`, which is zero on most inputs).
+    added to it; and a leaf can be many vectors. Opposite vectors have no arc between them and
+    cancel to zero unless `t` is 0 or 1. These are mergekit's rules; what it gives for opposite
+    vectors depends on rounding.
 
     The plan holds each leaf's cosines and coefficients `[2]`, or `[2, ...]` with the axis kept at
     length one.

@@ -61,6 +61,17 @@ def test_a_model_that_learned_nothing_does_not_disturb():
     np.testing.assert_allclose(alone, models[0]["w"], rtol=1e-5, atol=1e-5)
 
 
+def test_task_vectors_of_low_rank():
+    """What a common space leaves of them is rounding, which must not become a direction."""
+    rng = np.random.default_rng(5)
+    taus = np.einsum("mir,mrj->mij", rng.normal(size=(2, 8, 1)), rng.normal(size=(2, 1, 8)))
+    base = {"w": jnp.zeros((8, 8))}
+    merged = jax.jit(merge.iso_cts())([{"w": jnp.asarray(x, "float32")} for x in taus], base=base)
+    u, s, vt = np.linalg.svd(np.sum(taus, axis=0))
+    expected = s[:2].sum() / 8 * u[:, :2] @ vt[:2]
+    np.testing.assert_allclose(merged["w"], expected, atol=1e-5)
+
+
 def test_weights_multiply_the_task_vectors():
     base, models = as_jax(case((4, 4), 2))
 
