@@ -11,14 +11,17 @@ and None leaves are copied from the base, never averaged; `merge.report` tells w
 """
 
 from mixlab import spec
+from mixlab.merge.adapters import apply_lora, extract_lora, merge_lora
 from mixlab.merge.averaging import average, interpolate
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
 from mixlab.merge.regression import grams, regmean, regmean_plus_plus
 from mixlab.merge.reports import report, table
 from mixlab.merge.rules import reconcile
-from mixlab.merge.spherical import slerp
+from mixlab.merge.spectral import iso_c, iso_cts, tsv
+from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
+from mixlab.merge.stock import model_stock
 from mixlab.merge.task_vectors import task_arithmetic, ties
 
 __all__ = [
@@ -27,13 +30,22 @@ __all__ = [
     "MergeMethod",
     "Stage",
     "TaskVectors",
+    "apply_lora",
     "average",
     "chain",
     "diagonal_fisher",
     "elect_sign",
+    "extract_lora",
     "fisher",
     "grams",
     "interpolate",
+    "iso_c",
+    "iso_cts",
+    "karcher",
+    "merge_lora",
+    "model_stock",
+    "multislerp",
+    "nuslerp",
     "parse",
     "reconcile",
     "reduce",
@@ -46,12 +58,28 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "trim",
+    "tsv",
     "weigh",
 ]
 
 METHODS = {
     method.__name__: method
-    for method in (average, fisher, interpolate, regmean, slerp, task_arithmetic, ties)
+    for method in (
+        average,
+        fisher,
+        interpolate,
+        iso_c,
+        iso_cts,
+        karcher,
+        model_stock,
+        multislerp,
+        nuslerp,
+        regmean,
+        slerp,
+        task_arithmetic,
+        ties,
+        tsv,
+    )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
 

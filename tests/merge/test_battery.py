@@ -63,9 +63,16 @@ ROWS = {
     "fisher": Row("fisher(normalize=True)", inputs=fishers),
     "interpolate": Row("interpolate(0.3)", num_models=2, pair=True, symmetric=False),
     "regmean": Row("regmean(off_diagonal=0.9)", inputs=grams),
+    "iso_c": Row("iso_c(scale=0.5)", needs_base=True),
+    "iso_cts": Row("iso_cts(scale=0.5, common_space_fraction=0.4)", needs_base=True),
+    "karcher": Row("karcher"),
+    "model_stock": Row("model_stock", needs_base=True),
+    "multislerp": Row("multislerp"),
+    "nuslerp": Row("nuslerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "task_arithmetic": Row("task_arithmetic(scale=0.5)", needs_base=True),
     "ties": Row("ties(density=0.5)", needs_base=True),
+    "tsv": Row("tsv(scale=0.5)", needs_base=True),
 }
 every = pytest.mark.parametrize("name", sorted(ROWS))
 
