@@ -14,7 +14,20 @@ from mixlab import spec
 from mixlab.merge.averaging import average, interpolate
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
+from mixlab.merge.flag import flag
 from mixlab.merge.reports import report, table
+from mixlab.merge.robust import (
+    bulyan,
+    centered_clipping,
+    geometric_median,
+    krum,
+    mda,
+    meamed,
+    median,
+    multi_krum,
+    phocas,
+    trimmed_mean,
+)
 from mixlab.merge.spherical import slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
 from mixlab.merge.task_vectors import task_arithmetic, ties
@@ -26,12 +39,22 @@ __all__ = [
     "Stage",
     "TaskVectors",
     "average",
+    "bulyan",
+    "centered_clipping",
     "chain",
     "diagonal_fisher",
     "elect_sign",
     "fisher",
+    "flag",
+    "geometric_median",
     "interpolate",
+    "krum",
+    "mda",
+    "meamed",
+    "median",
+    "multi_krum",
     "parse",
+    "phocas",
     "reduce",
     "report",
     "rescale",
@@ -40,12 +63,31 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "trim",
+    "trimmed_mean",
     "weigh",
 ]
 
 METHODS = {
     method.__name__: method
-    for method in (average, fisher, interpolate, slerp, task_arithmetic, ties)
+    for method in (
+        average,
+        bulyan,
+        centered_clipping,
+        fisher,
+        flag,
+        geometric_median,
+        interpolate,
+        krum,
+        mda,
+        meamed,
+        median,
+        multi_krum,
+        phocas,
+        slerp,
+        task_arithmetic,
+        ties,
+        trimmed_mean,
+    )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
 
