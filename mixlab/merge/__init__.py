@@ -11,10 +11,11 @@ and None leaves are copied from the base, never averaged; `merge.report` tells w
 """
 
 from mixlab import spec
-from mixlab.merge.averaging import average, interpolate
+from mixlab.merge.averaging import average, ema, interpolate, running_average, swa
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
-from mixlab.merge.flag import flag
+from mixlab.merge.flag_aggregator import flag
+from mixlab.merge.patterns import by_depth
 from mixlab.merge.reports import report, table
 from mixlab.merge.robust import (
     bulyan,
@@ -28,6 +29,7 @@ from mixlab.merge.robust import (
     phocas,
     trimmed_mean,
 )
+from mixlab.merge.soups import greedy_soup
 from mixlab.merge.spherical import slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
 from mixlab.merge.task_vectors import task_arithmetic, ties
@@ -40,13 +42,16 @@ __all__ = [
     "TaskVectors",
     "average",
     "bulyan",
+    "by_depth",
     "centered_clipping",
     "chain",
     "diagonal_fisher",
     "elect_sign",
+    "ema",
     "fisher",
     "flag",
     "geometric_median",
+    "greedy_soup",
     "interpolate",
     "krum",
     "mda",
@@ -58,7 +63,9 @@ __all__ = [
     "reduce",
     "report",
     "rescale",
+    "running_average",
     "slerp",
+    "swa",
     "table",
     "task_arithmetic",
     "ties",
@@ -73,6 +80,7 @@ METHODS = {
         average,
         bulyan,
         centered_clipping,
+        ema,
         fisher,
         flag,
         geometric_median,
@@ -84,6 +92,7 @@ METHODS = {
         multi_krum,
         phocas,
         slerp,
+        swa,
         task_arithmetic,
         ties,
         trimmed_mean,

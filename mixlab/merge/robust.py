@@ -10,17 +10,18 @@ that is not finite is infinitely far from all others and gets no weight.
 """
 
 import functools
-import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.merge import core
+from mixlab.merge import core, geometry
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 _MOST_SUBSETS = 100_000
+_MOST_IN_NETWORK = 32
 
 
 def median(*, even: str = "mean") -> core.MergeMethod:
@@ -53,8 +54,8 @@ def trimmed_mean(num_byzantine: int) -> core.MergeMethod:
     Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning", definition 2.
     """
 
-    def rule(values: Array) -> Array:
-        return jnp.mean(values[num_byzantine : len(values) - num_byzantine], axis=0)
+    def rule(values: list[Array]) -> Array:
+        return _mean(values[num_byzantine : len(values) - num_byzantine])
 
     return _coordinate_rule("trimmed_mean", num_byzantine, rule)
 
@@ -72,8 +73,8 @@ def phocas(num_byzantine: int) -> core.MergeMethod:
     Source: Xie et al. 2018, "Phocas: dimensional Byzantine-resilient stochastic gradient descent".
     """
 
-    def rule(values: Array) -> Array:
-        trimmed = jnp.mean(values[num_byzantine : len(values) - num_byzantine], axis=0)
+    def rule(values: list[Array]) -> Array:
+        trimmed = _mean(values[num_byzantine : len(values) - num_byzantine])
         return _mean_around(trimmed, values, len(values) - num_byzantine)
 
     return _coordinate_rule("phocas", num_byzantine, rule)
@@ -95,7 +96,7 @@ def meamed(num_byzantine: int, *, even: str = "mean") -> core.MergeMethod:
     """
     core.check_choice(even, "even", ("mean", "lower"))
 
-    def rule(values: Array) -> Array:
+    def rule(values: list[Array]) -> Array:
         return _mean_around(_middle(values, even), values, len(values) - num_byzantine)
 
     return _coordinate_rule("meamed", num_byzantine, rule)
@@ -180,15 +181,15 @@ def bulyan(num_byzantine: int, *, variant: str = "published") -> core.MergeMetho
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         leaves = core.open_models(models, base).leaves
         _check_enough(leaves.num_models, num_byzantine, "bulyan", 4, 3)
-        distances = squared_distances(leaves)
+        distances = geometry.squared_distances(leaves)
         if garfield:
-            return {"picks": _garfield_picks(jnp.sqrt(distances), num_byzantine)}
-        return {"picks": bulyan_picks(distances, num_byzantine)}
+            return {"picks": geometry.garfield_picks(jnp.sqrt(distances), num_byzantine)}
+        return {"picks": geometry.bulyan_picks(distances, num_byzantine)}
 
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
         def merge(name: str, stacked: Array) -> Array:
             core.check_real(name, stacked.dtype, "bulyan")
-            values = _sorted(mixture(plan["picks"], stacked))
+            values = _sorted(jax.vmap(geometry.mixture, (0, None))(plan["picks"], stacked))
             centre = _middle(values, "lower" if garfield else "mean")
             return _mean_around(centre, values, len(values) - 2 * num_byzantine)
 
@@ -222,7 +223,7 @@ def mda(num_byzantine: int) -> core.MergeMethod:
                 f"mda tries every subset of n - f models, here {count} of them, and stops above "
                 f"{_MOST_SUBSETS}; use multi_krum, or fewer models"
             )
-        return {"weights": mda_weights(distances, num_byzantine)}
+        return {"weights": geometry.mda_weights(distances, num_byzantine)}
 
     return _distance_rule(num_byzantine, decide)
 
@@ -263,18 +264,18 @@ def geometric_median(
         given = core.per_model(weights, leaves.num_models)
         # Seen from one of the models in the middle, so that neither what all the models share nor
         # a faulty one that is far away costs digits of the distances that matter.
-        distances = squared_distances(leaves)
+        distances = geometry.squared_distances(leaves)
         centre = jnp.argmin(jnp.median(distances, axis=1))
-        gram = inner_products(leaves.map(lambda name, stacked: stacked - stacked[centre]))
+        gram = geometry.inner_products(leaves.map(lambda name, stacked: stacked - stacked[centre]))
         finite = jnp.isfinite(distances[centre])
         given = jnp.where(finite, given, 0)
-        first = None
-        if start == "origin":
-            square = jnp.diag(inner_products(leaves))
-            first = given / jnp.sqrt(jnp.maximum(jnp.where(finite, square, 1), nu**2))
-        return {"weights": weiszfeld(gram, given, iterations - (first is not None), nu, first)}
+        if start == "mean":
+            return {"weights": geometry.weiszfeld(gram, given, iterations, nu)}
+        square = jnp.where(finite, jnp.diag(geometry.inner_products(leaves)), 1)
+        first = given / jnp.sqrt(jnp.maximum(square, nu**2))
+        return {"weights": geometry.weiszfeld(gram, given, iterations - 1, nu, first)}
 
-    return core.MergeMethod(measure, _combine)
+    return core.MergeMethod(measure, geometry.combine_weights)
 
 
 def centered_clipping(radius: ArrayLike, iterations: int = 1) -> core.MergeMethod:
@@ -298,150 +299,10 @@ def centered_clipping(radius: ArrayLike, iterations: int = 1) -> core.MergeMetho
     _check_positive(radius, "radius")
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
-        gram = inner_products(task_vectors(core.open_models(models, base)))
-        return {"weights": clipping_weights(gram, radius, iterations)}
+        gram = geometry.inner_products(geometry.task_vectors(core.open_models(models, base)))
+        return {"weights": geometry.clipping_weights(gram, radius, iterations)}
 
-    return core.MergeMethod(measure, combine_task_vectors)
-
-
-def task_vectors(opened: core.Models) -> core.Leaves:
-    """The models seen from the base, or from zero where there is no base."""
-    bases = opened.base
-    if bases is None:
-        return opened.leaves
-    return opened.leaves.map(lambda name, stacked: stacked - bases.read(name))
-
-
-def combine_task_vectors(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
-    """The base, if there is one, plus the task vectors weighted by `plan["weights"]`."""
-    opened = core.open_models(models, base)
-    taus = task_vectors(opened)
-
-    def merge(name: str) -> Array:
-        merged = mixture(plan["weights"], taus.read(name))
-        return merged if opened.base is None else opened.base.read(name) + merged
-
-    return opened.write(merge)
-
-
-def squared_distances(leaves: core.Leaves) -> Array:
-    """The squared distances between the models, `[M, M]`; infinite where one is not finite.
-
-    They are sums of squared differences, not differences of squared norms, which would leave
-    nothing of the distance between models that are large and alike.
-    """
-    num_models = leaves.num_models
-    zero = jnp.zeros((num_models, num_models), float)
-    total = leaves.total(lambda name, stacked: _between(_rows(stacked)).astype(float), zero)
-    return jnp.where(jnp.isfinite(total), total, jnp.inf)
-
-
-def inner_products(leaves: core.Leaves) -> Array:
-    """The Gram matrix of the models, `[M, M]`; rows and columns of those not finite are NaN."""
-
-    def products(name: str, stacked: Array) -> Array:
-        rows = _rows(stacked)
-        return jnp.matmul(rows, rows.T, precision="highest").astype(float)
-
-    return leaves.total(products, jnp.zeros((leaves.num_models, leaves.num_models), float))
-
-
-def mixture(weights: Array, stacked: Array) -> Array:
-    """Sums over the models, `[..., M]` and `[M, ...]` to `[...]`.
-
-    A model whose weights are all zero is left out, even where it is not finite.
-    """
-    used = jnp.sum(jnp.abs(weights), axis=tuple(range(weights.ndim - 1)))
-    kept = jnp.where(core.along_models(used, stacked) != 0, stacked, 0)
-    return jnp.tensordot(weights.astype(stacked.dtype), kept, axes=1, precision="highest")
-
-
-def krum_scores(distances: Array, neighbours: int) -> Array:
-    """Of distances `[M, M]`, each model's sum over its nearest `neighbours` others, `[M]`."""
-    return jnp.sum(jnp.sort(distances, axis=1)[:, 1 : neighbours + 1], axis=1)
-
-
-def mean_of_lowest(scores: Array, m: int) -> Array:
-    """The weights `[M]` that average the m models of lowest score, the earlier ones of equals."""
-    return jnp.zeros_like(scores).at[jnp.argsort(scores)[:m]].set(1 / m)
-
-
-def bulyan_picks(distances: Array, num_byzantine: int) -> Array:
-    """The models that Krum picks one by one of squared distances `[M, M]`, one-hot `[M - 2f, M]`."""
-    num_models = len(distances)
-
-    def pick(left: Array, neighbours: Array) -> tuple[Array, Array]:
-        among = jnp.sort(jnp.where(left, distances, jnp.inf), axis=1)
-        scores = jnp.cumsum(among, axis=1)[:, neighbours]
-        # A model that is not finite has a score like that of one that is gone: it comes first.
-        scores = jnp.where(left, jnp.minimum(scores, jnp.finfo(scores.dtype).max), jnp.inf)
-        chosen = jnp.arange(num_models) == jnp.argmin(scores)
-        return left & ~chosen, chosen
-
-    num_left = num_models - np.arange(num_models - 2 * num_byzantine)
-    neighbours = np.maximum(num_left - num_byzantine - 2, 1)
-    _, picks = jax.lax.scan(pick, jnp.ones(num_models, bool), jnp.asarray(neighbours))
-    return picks.astype(distances.dtype)
-
-
-def mda_weights(distances: Array, num_byzantine: int) -> Array:
-    """The weights `[M]` that average the n - f models of the least largest distance."""
-    num_models = len(distances)
-    size = num_models - num_byzantine
-    subsets = np.array(list(itertools.combinations(range(num_models), size)), np.int32)
-
-    def diameter(subset: Array) -> Array:
-        return jnp.max(distances[subset][:, subset])
-
-    diameters = jax.lax.map(diameter, jnp.asarray(subsets), batch_size=min(len(subsets), 1024))
-    chosen = jnp.asarray(subsets)[jnp.argmin(diameters)]
-    return jnp.zeros(num_models, distances.dtype).at[chosen].set(1 / size)
-
-
-def weiszfeld(
-    gram: Array, given: Array, iterations: int, nu: float, first: Array | None = None
-) -> Array:
-    """The weights `[M]`, of sum one, of the smoothed geometric median.
-
-    Args:
-        gram: inner products `[M, M]` of the points; those of points without weight do not count.
-        given: `[M]`, what each point counts for.
-        iterations: how many.
-        nu: the least that a distance counts as.
-        first: the weights to begin with, up to a factor; by default `given`.
-    """
-    gram = _without(given == 0, gram)
-
-    def step(_: int, w: Array) -> Array:
-        b = given / jnp.sqrt(jnp.maximum(_squares_around(gram, w), nu**2))
-        return b / jnp.sum(b)
-
-    start = given if first is None else first
-    return jax.lax.fori_loop(0, iterations, step, start / jnp.sum(start))
-
-
-def clipping_weights(gram: Array, radius: ArrayLike, iterations: int) -> Array:
-    """The weights `[M]`, of sum at most one, of centred clipping around the origin of `gram`."""
-    finite = jnp.isfinite(jnp.diag(gram))
-    gram = _without(~finite, gram)
-    tau = jnp.asarray(radius, gram.dtype)
-
-    def step(_: int, w: Array) -> Array:
-        factors = tau / jnp.sqrt(jnp.maximum(_squares_around(gram, w), tau**2))
-        shares = jnp.where(finite, factors, 0) / len(w)
-        return w * (1 - jnp.sum(shares)) + shares
-
-    return jax.lax.fori_loop(0, iterations, step, jnp.zeros_like(gram[0]))
-
-
-def _squares_around(gram: Array, w: Array) -> Array:
-    """The squared distances `[M]` of the points from `sum_m w_m x_m`."""
-    along = jnp.matmul(gram, w, precision="highest")
-    return jnp.diag(gram) - 2 * along + jnp.vdot(w, along, precision="highest")
-
-
-def _without(gone: Array, gram: Array) -> Array:
-    return jnp.where(gone[:, None] | gone, 0, gram)
+    return core.MergeMethod(measure, geometry.combine_task_vectors)
 
 
 def _krum(
@@ -455,23 +316,15 @@ def _krum(
         best = default if m is None else m
         _check_between(nearest, "neighbours", num_models - 1)
         _check_between(best, "m", num_models)
-        scores = krum_scores(distances if squared else jnp.sqrt(distances), nearest)
-        return {"scores": scores, "weights": mean_of_lowest(scores, best)}
+        scores = geometry.krum_scores(distances if squared else jnp.sqrt(distances), nearest)
+        return {"scores": scores, "weights": geometry.mean_of_lowest(scores, best)}
 
     return _distance_rule(num_byzantine, decide)
 
 
-def _garfield_picks(distances: Array, num_byzantine: int) -> Array:
-    num_models = len(distances)
-    order = jnp.argsort(krum_scores(distances, num_models - num_byzantine - 2))
-    picks = np.zeros((num_models - 2 * num_byzantine - 2, num_models))
-    for i, pick in enumerate(picks):
-        size = num_models - num_byzantine - 2 - i
-        pick[i : i + size] = 1 / size
-    return jnp.zeros(picks.shape, distances.dtype).at[:, order].set(picks)
-
-
-def _coordinate_rule(name: str, num_byzantine: int, rule) -> core.MergeMethod:  # noqa: ANN001
+def _coordinate_rule(
+    name: str, num_byzantine: int, rule: Callable[[list[Array]], Array]
+) -> core.MergeMethod:
     """A method that makes one value of the M values of an entry, given in ascending order."""
     _check_faulty(num_byzantine)
 
@@ -491,52 +344,66 @@ def _coordinate_rule(name: str, num_byzantine: int, rule) -> core.MergeMethod:  
     return core.MergeMethod(measure, combine)
 
 
-def _distance_rule(num_byzantine: int, decide) -> core.MergeMethod:  # noqa: ANN001
+def _distance_rule(num_byzantine: int, decide: Callable[[Array], Plan]) -> core.MergeMethod:
     """A method whose weights follow from the squared distances between the models."""
     _check_faulty(num_byzantine)
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
-        return decide(squared_distances(core.open_models(models, base).leaves))
+        return decide(geometry.squared_distances(core.open_models(models, base).leaves))
 
-    return core.MergeMethod(measure, _combine)
-
-
-def _combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
-    opened = core.open_models(models, base)
-    return opened.write(opened.leaves.map(lambda _, x: mixture(plan["weights"], x)).read)
+    return core.MergeMethod(measure, geometry.combine_weights)
 
 
-@functools.partial(jax.jit, inline=True)
-def _between(rows: Array) -> Array:
-    return jax.lax.map(lambda row: jnp.sum(jnp.square(rows - row), axis=1), rows)
-
-
-def _rows(stacked: Array) -> Array:
-    """The models as rows of real numbers."""
-    rows = stacked.reshape(stacked.shape[0], -1)
-    if jnp.iscomplexobj(rows):
-        rows = jnp.concatenate([rows.real, rows.imag], axis=1)
+def _sorted(stacked: Array) -> list[Array]:
+    """The values of every entry in ascending order; NaN counts as infinite."""
+    rows = list(jnp.where(jnp.isnan(stacked), jnp.inf, stacked))
+    if len(rows) > _MOST_IN_NETWORK:
+        return list(jnp.sort(jnp.stack(rows), axis=0))
+    # Minima and maxima of whole rows, which XLA fuses with what follows; its sort along an axis
+    # takes over a hundred times as long.
+    for i, j in _comparators(len(rows)):
+        rows[i], rows[j] = jnp.minimum(rows[i], rows[j]), jnp.maximum(rows[i], rows[j])
     return rows
 
 
-def _sorted(stacked: Array) -> Array:
-    return jnp.sort(jnp.where(jnp.isnan(stacked), jnp.inf, stacked), axis=0)
+@functools.cache
+def _comparators(size: int) -> list[tuple[int, int]]:
+    """Batcher's merge exchange for any size: Knuth, volume 3, algorithm 5.2.2 M."""
+    pairs = []
+    top = 1 << max((size - 1).bit_length() - 1, 0)
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            pairs += [(i, i + d) for i in range(size - d) if i & p == r]
+            if q == p:
+                break
+            q, r, d = q >> 1, p, q - p
+        p >>= 1
+    return pairs
 
 
-def _middle(values: Array, even: str) -> Array:
-    """The median of sorted values `[M, ...]`."""
+def _mean(values: list[Array]) -> Array:
+    return functools.reduce(jnp.add, values) / len(values)
+
+
+def _middle(values: list[Array], even: str) -> Array:
+    """The median of sorted values."""
     lower = values[(len(values) - 1) // 2]
     return lower if even == "lower" else (lower + values[len(values) // 2]) / 2
 
 
-def _mean_around(centre: Array, values: Array, count: int) -> Array:
-    """The mean of the `count` values closest to the centre, of sorted values `[M, ...]`."""
+def _mean_around(centre: Array, values: list[Array], count: int) -> Array:
+    """The mean of the `count` values closest to the centre, of sorted values."""
     # They are neighbours in the order: the lowest one gives way to the next above them for as long
     # as that is closer.
-    drop = values[count:] - centre < centre - values[: len(values) - count]
-    none = jnp.zeros_like(values[:count], bool)
-    keep = ~jnp.concatenate([drop, none]) & jnp.concatenate([~none, drop])
-    return jnp.sum(jnp.where(keep, values, 0), axis=0) / count
+    gone = [high - centre < centre - low for low, high in zip(values, values[count:], strict=False)]
+    kept = []
+    for i, value in enumerate(values):
+        kept.append(value if i < count else jnp.where(gone[i - count], value, 0))
+        if i < len(gone):
+            kept[i] = jnp.where(gone[i], 0, kept[i])
+    return functools.reduce(jnp.add, kept) / count
 
 
 def _check_faulty(num_byzantine: int) -> None:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mixlab.merge import core, robust
+from mixlab.merge import core, geometry
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 _EPS = 1e-7
@@ -62,30 +62,30 @@ def flag(
         *,
         start: PyTree | None = None,
     ) -> Plan:
-        taus = robust.task_vectors(core.open_models(models, base))
+        taus = geometry.task_vectors(core.open_models(models, base))
         if taus.num_models < rank:
             raise ValueError(f"rank must be at most the number of models, {taus.num_models}")
         for name, spec in taus.specs.items():
             core.check_real(name, spec.dtype, "flag")
-        gram = robust.inner_products(taus)
+        gram = geometry.inner_products(taus)
         shadows = jnp.zeros((rank, taus.num_models), gram.dtype)
         if start is not None:
             shadows = _shadows(start, taus, rank)
-        plan = flag_weights(gram, shadows, iterations, lam, keep_magnitude)
-        return jax.lax.stop_gradient(plan)
+        gram, shadows = jax.lax.stop_gradient((gram, shadows))
+        return flag_weights(gram, shadows, iterations, lam, keep_magnitude)
 
-    return core.MergeMethod(measure, robust.combine_task_vectors)
+    return core.MergeMethod(measure, geometry.combine_task_vectors)
 
 
 def flag_weights(
-    gram: Array, shadows: Array, iterations: int, lam: ArrayLike, keep_magnitude: bool
+    gram: Array, shadows: Array, iterations: ArrayLike, lam: ArrayLike, keep_magnitude: bool
 ) -> Plan:
     """The weights `[M]` of the task vectors, and the explained shares.
 
     Args:
         gram: inner products of the task vectors, `[M, M]`.
         shadows: their inner products with the columns to start from, `[rank, M]`.
-        iterations: how many.
+        iterations: how many; may be traced.
         lam: weight of the pairwise terms.
         keep_magnitude: as in `flag`.
     """
@@ -119,7 +119,7 @@ def flag_weights(
         columns = jnp.where(inverse > 0, columns, 0)
         return columns.T @ points, mixing @ columns * inverse
 
-    def step(state: tuple, _: None) -> tuple[tuple, None]:
+    def step(_: int, state: tuple) -> tuple:
         shadows, basis, error, running = state
         new_shadows, new_basis = fit(shadows)
         new_error = objective(new_shadows)
@@ -127,13 +127,13 @@ def flag_weights(
         running = better & (error - new_error > _STOP) & (new_error > _STOP)
         new = (new_shadows, new_basis, new_error)
         kept = [jnp.where(better, a, b) for a, b in zip(new, (shadows, basis, error), strict=True)]
-        return (*kept, running), None
+        return (*kept, running)
 
     with jax.default_matmul_precision("highest"):
         shadows = jnp.where(valid, shadows / norms, 0)
         nothing = jnp.zeros((num_models, rank), gram.dtype)
         state = (shadows, nothing, jnp.asarray(jnp.inf, gram.dtype), jnp.asarray(True))
-        (shadows, basis, _, _), _ = jax.lax.scan(step, state, None, length=iterations)
+        shadows, basis, _, _ = jax.lax.fori_loop(0, iterations, step, state)
         given = jnp.where(valid, norms, 0) / num_models if keep_magnitude else 1 / rank
         weights = basis @ jnp.sum(shadows * given, axis=1) / norms
     return {"weights": weights, "explained": jnp.sum(jnp.square(shadows), axis=0)}
