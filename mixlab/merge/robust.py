@@ -356,7 +356,7 @@ def _distance_rule(num_byzantine: int, decide: Callable[[Array], Plan]) -> core.
 
 def _sorted(stacked: Array) -> list[Array]:
     """The values of every entry in ascending order; NaN counts as infinite."""
-    rows = list(jnp.where(jnp.isnan(stacked), jnp.inf, stacked))
+    rows = [jnp.where(jnp.isnan(row), jnp.inf, row) for row in stacked]
     if len(rows) > _MOST_IN_NETWORK:
         return list(jnp.sort(jnp.stack(rows), axis=0))
     # Minima and maxima of whole rows, which XLA fuses with what follows; its sort along an axis

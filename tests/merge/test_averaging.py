@@ -131,7 +131,7 @@ def test_swa_takes_every_other_checkpoint():
 
 
 def test_greedy_soup():
-    """On a line with the best point at 3: 2 first, then 5 (mean 3.5), not 9 nor the diverged one."""
+    """The best point is at 3: 2 first, then 5 (mean 3.5), but not 9, nor the one that diverged."""
     models = [{"w": jnp.float32(x)} for x in (9, 2, np.nan, 5)]
     soup = merge.greedy_soup(models, lambda params: -abs(float(params["w"]) - 3))
     assert soup.picks == [1, 3]
