@@ -59,7 +59,7 @@ def test_garfield(case):
     for name, found in merged(methods, rows).items():
         exact = name in ("median", "krum_m1")
         np.testing.assert_allclose(
-            found, v[f"{case}/{name}"], rtol=0, atol=0 if exact else 2e-7, err_msg=name
+            found, v[f"{case}/{name}"], rtol=0, atol=0 if exact else 1e-6, err_msg=name
         )
     plan = merge.krum(f, **garfield).measure(leaves(jnp.asarray(rows)))
     order = np.argsort(plan["scores"], kind="stable")
@@ -95,7 +95,7 @@ def test_flag(case):
         errors = np.sum(np.sqrt(np.maximum(1 - explained, 0)), axis=-1)
         for (i, lam), (j, its) in itertools.product(enumerate(LAMS), enumerate(ITERATIONS)):
             key = f"{case}/irls_r{rank}_lam{lam}_it{its}"
-            rtol = 1e-4 if its <= 5 else 2e-3
+            rtol = 5e-4 if its <= 5 else 2e-3
             np.testing.assert_allclose(errors[i, j], v[f"{key}_err"][-1], rtol=rtol, err_msg=key)
             if its <= 2:
                 found = aggregates[i, j]

@@ -99,7 +99,7 @@ def test_faulty_models_may_hold_anything(faulty):
     for name, found in bounded.items():
         assert np.all((joined(found) >= low) & (joined(found) <= high)), name
     assert np.linalg.norm(joined(clipped) - honest[0]) <= 1.001
-    assert np.all(np.isfinite(joined(projected))) or faulty == 3e38
+    assert np.all(np.isfinite(joined(projected)))
 
 
 def test_distances_of_large_models_that_are_alike():
