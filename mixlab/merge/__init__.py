@@ -20,6 +20,26 @@ from mixlab.merge.reports import report, table
 from mixlab.merge.rules import reconcile
 from mixlab.merge.spectral import iso_c, iso_cts, tsv
 from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
+from mixlab.merge.averaging import average, ema, interpolate, running_average, swa
+from mixlab.merge.core import MergeMethod
+from mixlab.merge.curvature import diagonal_fisher, fisher
+from mixlab.merge.flag_aggregator import flag
+from mixlab.merge.patterns import by_depth
+from mixlab.merge.reports import report, table
+from mixlab.merge.robust import (
+    bulyan,
+    centered_clipping,
+    geometric_median,
+    krum,
+    mda,
+    meamed,
+    median,
+    multi_krum,
+    phocas,
+    trimmed_mean,
+)
+from mixlab.merge.soups import greedy_soup
+from mixlab.merge.spherical import slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
 from mixlab.merge.stock import model_stock
 from mixlab.merge.task_vectors import task_arithmetic, ties
@@ -32,6 +52,9 @@ __all__ = [
     "TaskVectors",
     "apply_lora",
     "average",
+    "bulyan",
+    "by_depth",
+    "centered_clipping",
     "chain",
     "diagonal_fisher",
     "elect_sign",
@@ -48,17 +71,33 @@ __all__ = [
     "nuslerp",
     "parse",
     "reconcile",
+    "ema",
+    "fisher",
+    "flag",
+    "geometric_median",
+    "greedy_soup",
+    "interpolate",
+    "krum",
+    "mda",
+    "meamed",
+    "median",
+    "multi_krum",
+    "parse",
+    "phocas",
     "reduce",
     "regmean",
     "regmean_plus_plus",
     "report",
     "rescale",
+    "running_average",
     "slerp",
+    "swa",
     "table",
     "task_arithmetic",
     "ties",
     "trim",
     "tsv",
+    "trimmed_mean",
     "weigh",
 ]
 
@@ -79,6 +118,24 @@ METHODS = {
         task_arithmetic,
         ties,
         tsv,
+        bulyan,
+        centered_clipping,
+        ema,
+        fisher,
+        flag,
+        geometric_median,
+        interpolate,
+        krum,
+        mda,
+        meamed,
+        median,
+        multi_krum,
+        phocas,
+        slerp,
+        swa,
+        task_arithmetic,
+        ties,
+        trimmed_mean,
     )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""

@@ -60,7 +60,12 @@ def grams(models):
 
 ROWS = {
     "average": Row("average"),
+    "bulyan": Row("bulyan(num_byzantine=1)", num_models=7),
+    "centered_clipping": Row("centered_clipping(radius=2.0, iterations=30)"),
+    "ema": Row("ema(decay=0.5)", symmetric=False),
     "fisher": Row("fisher(normalize=True)", inputs=fishers),
+    "flag": Row("flag(rank=2, iterations=2)", num_models=4, tolerance=1e-4),
+    "geometric_median": Row("geometric_median", num_models=4),
     "interpolate": Row("interpolate(0.3)", num_models=2, pair=True, symmetric=False),
     "regmean": Row("regmean(off_diagonal=0.9)", inputs=grams),
     "iso_c": Row("iso_c(scale=0.5)", needs_base=True),
@@ -69,10 +74,18 @@ ROWS = {
     "model_stock": Row("model_stock", needs_base=True),
     "multislerp": Row("multislerp"),
     "nuslerp": Row("nuslerp(t=0.3)", num_models=2, pair=True, symmetric=False),
+    "krum": Row("krum(num_byzantine=1)", num_models=5),
+    "mda": Row("mda(num_byzantine=1)", num_models=4),
+    "meamed": Row("meamed(num_byzantine=1)", num_models=4),
+    "median": Row("median", num_models=4),
+    "multi_krum": Row("multi_krum(num_byzantine=1)", num_models=5),
+    "phocas": Row("phocas(num_byzantine=1)", num_models=4),
     "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
+    "swa": Row("swa"),
     "task_arithmetic": Row("task_arithmetic(scale=0.5)", needs_base=True),
     "ties": Row("ties(density=0.5)", needs_base=True),
     "tsv": Row("tsv(scale=0.5)", needs_base=True),
+    "trimmed_mean": Row("trimmed_mean(num_byzantine=1)", num_models=4),
 }
 every = pytest.mark.parametrize("name", sorted(ROWS))
 
