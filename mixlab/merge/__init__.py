@@ -12,19 +12,12 @@ and None leaves are copied from the base, never averaged; `merge.report` tells w
 
 from mixlab import spec
 from mixlab.merge.adapters import apply_lora, extract_lora, merge_lora
-from mixlab.merge.averaging import average, interpolate
-from mixlab.merge.core import MergeMethod
-from mixlab.merge.curvature import diagonal_fisher, fisher
-from mixlab.merge.regression import grams, regmean, regmean_plus_plus
-from mixlab.merge.reports import report, table
-from mixlab.merge.rules import reconcile
-from mixlab.merge.spectral import iso_c, iso_cts, tsv
-from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
 from mixlab.merge.averaging import average, ema, interpolate, running_average, swa
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
 from mixlab.merge.flag_aggregator import flag
 from mixlab.merge.patterns import by_depth
+from mixlab.merge.regression import grams, regmean, regmean_plus_plus
 from mixlab.merge.reports import report, table
 from mixlab.merge.robust import (
     bulyan,
@@ -38,8 +31,10 @@ from mixlab.merge.robust import (
     phocas,
     trimmed_mean,
 )
+from mixlab.merge.rules import reconcile
 from mixlab.merge.soups import greedy_soup
-from mixlab.merge.spherical import slerp
+from mixlab.merge.spectral import iso_c, iso_cts, tsv
+from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
 from mixlab.merge.stock import model_stock
 from mixlab.merge.task_vectors import task_arithmetic, ties
@@ -58,32 +53,29 @@ __all__ = [
     "chain",
     "diagonal_fisher",
     "elect_sign",
+    "ema",
     "extract_lora",
     "fisher",
+    "flag",
+    "geometric_median",
     "grams",
+    "greedy_soup",
     "interpolate",
     "iso_c",
     "iso_cts",
     "karcher",
-    "merge_lora",
-    "model_stock",
-    "multislerp",
-    "nuslerp",
-    "parse",
-    "reconcile",
-    "ema",
-    "fisher",
-    "flag",
-    "geometric_median",
-    "greedy_soup",
-    "interpolate",
     "krum",
     "mda",
     "meamed",
     "median",
+    "merge_lora",
+    "model_stock",
     "multi_krum",
+    "multislerp",
+    "nuslerp",
     "parse",
     "phocas",
+    "reconcile",
     "reduce",
     "regmean",
     "regmean_plus_plus",
@@ -96,8 +88,8 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "trim",
-    "tsv",
     "trimmed_mean",
+    "tsv",
     "weigh",
 ]
 
@@ -105,19 +97,6 @@ METHODS = {
     method.__name__: method
     for method in (
         average,
-        fisher,
-        interpolate,
-        iso_c,
-        iso_cts,
-        karcher,
-        model_stock,
-        multislerp,
-        nuslerp,
-        regmean,
-        slerp,
-        task_arithmetic,
-        ties,
-        tsv,
         bulyan,
         centered_clipping,
         ema,
@@ -125,17 +104,25 @@ METHODS = {
         flag,
         geometric_median,
         interpolate,
+        iso_c,
+        iso_cts,
+        karcher,
         krum,
         mda,
         meamed,
         median,
+        model_stock,
         multi_krum,
+        multislerp,
+        nuslerp,
         phocas,
+        regmean,
         slerp,
         swa,
         task_arithmetic,
         ties,
         trimmed_mean,
+        tsv,
     )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
