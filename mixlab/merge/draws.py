@@ -31,12 +31,20 @@ def bernoulli(key: Key, probability: ArrayLike, shape: tuple[int, ...]) -> Array
     # entry is decided by 16 bits of its own and, only where these are the leading bits of the
     # probability, by those of its neighbour as well: the two remain independent but for 2^-16.
     rows, size = shape[0], math.prod(shape[1:])
-    block = jnp.arange(-(-size // _LANES), dtype=jnp.uint32)[None]
+    length = -(-size // _LANES)
+    block = jnp.arange(length, dtype=jnp.uint32)[None]
     seed = jax.random.bits(key, (2,), jnp.uint32)
     high, low = threefry(seed, block, jnp.arange(rows, dtype=jnp.uint32)[:, None])
-    lanes = [high, _rotate(high, 16), low, _rotate(low, 16)]
-    words = jnp.concatenate(lanes, axis=1)[:, :size].reshape(shape)
-    return (words >> 8).astype(jnp.float32) * 2.0**-24 < jnp.asarray(probability, jnp.float32)
+    limits = jnp.broadcast_to(jnp.asarray(probability, jnp.float32), shape).reshape(rows, size)
+
+    def decide(lane: int, words: Array) -> Array:
+        # Compared before they are joined: XLA for CPUs does not vectorise what follows a join.
+        limit = limits[:, lane * length : (lane + 1) * length]
+        return (words[:, : limit.shape[1]] >> 8).astype(jnp.float32) * 2.0**-24 < limit
+
+    lanes = (high, _rotate(high, 16), low, _rotate(low, 16))
+    kept = [decide(lane, words) for lane, words in enumerate(lanes)]
+    return jnp.concatenate(kept, axis=1).reshape(shape)
 
 
 def threefry(seed: Array, high: Array, low: Array) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ chains. A stage works on the task vectors `theta_m - theta_base` of one leaf at 
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -404,12 +405,12 @@ def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
     def vote(norms: Array | None, name: str, values: Array) -> Array:
         core.check_real(name, values.dtype, "elect_sign")
         if norms is None:
-            return jnp.sign(jnp.sum(values, axis=0))
+            return jnp.sign(_sum(values))
         # A task vector of zeros has no say; dividing it by 1 instead of 0 keeps it so.
         scale = core.along_models(jnp.where(norms > 0, norms, 1), values)
         shares = jnp.square(values / scale)
         if by == "normmass":
-            return jnp.sign(jnp.sum(jnp.sign(values) * shares, axis=0))
+            return jnp.sign(_sum(jnp.sign(values) * shares))
         winner = jnp.argmax(shares, axis=0)[None]
         return jnp.sign(jnp.take_along_axis(values, winner, axis=0)[0])
 
@@ -470,11 +471,12 @@ def reduce(how: str = "sum") -> Stage:
             if taus.sign is not None:
                 merged = jnp.abs(merged) * taus.sign
         else:
-            merged = jnp.sum(values, axis=0, keepdims=True)
+            merged = _sum(values)[None]
         if how == "mean":
             # The magnitude of a weight is a model's say; its sign is in the value already.
-            says = (values != 0).astype(values.dtype)
-            count = core.weighted_sum(jnp.abs(taus.weights), says)
+            count = _sum(
+                jnp.where(values != 0, core.along_models(jnp.abs(taus.weights), values), 0)
+            )
             merged = merged / jnp.where(count > 0, count, 1)
         return TaskVectors(merged, core.per_model(None, 1))
 
@@ -527,6 +529,11 @@ def rescale(factor: ArrayLike) -> Stage:
 
 def _magnitude(name: str, taus: TaskVectors) -> Array:
     return jnp.abs(taus.values)
+
+
+def _sum(values: Array) -> Array:
+    """The sum over the models, one by one: XLA for CPUs does not vectorise a sum over rows."""
+    return functools.reduce(operator.add, values)
 
 
 def _larger(a: Array, b: Array) -> Array:
