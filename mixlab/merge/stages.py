@@ -364,9 +364,9 @@ def weigh(weights: ArrayLike | None, *, normalize: bool = False) -> Stage:
             merge: there are not M.
     """
     core.check_weights(weights, signed=True)
-    if normalize and weights is not None and not isinstance(weights, jax.core.Tracer):
-        if np.sum(np.asarray(weights, np.float64)) == 0:
-            raise ValueError(f"weights that sum to zero cannot be normalised, got {weights}")
+    known = weights is not None and not isinstance(weights, jax.core.Tracer)
+    if normalize and known and np.sum(np.asarray(weights, np.float64)) == 0:
+        raise ValueError(f"weights that sum to zero cannot be normalised, got {weights}")
 
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
         w = core.per_model(weights, leaves.num_models)
@@ -554,6 +554,7 @@ def _largest(magnitudes: core.Leaves, count: ArrayLike) -> Array:
     return selection.kth_smallest(magnitudes, magnitudes.size + 1 - count)
 
 
+@jax.jit
 def _reaches(magnitude: Array, limit: Array, count: ArrayLike) -> Array:
     """The `count` largest of `magnitude [M, ...]`, down to `limit [M]`, earlier ones first."""
     flat, limit = _flat(magnitude).astype(limit.dtype), limit[:, None]
@@ -563,6 +564,7 @@ def _reaches(magnitude: Array, limit: Array, count: ArrayLike) -> Array:
     return (above | (at & (nth <= count))).reshape(magnitude.shape)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _relative_rank(magnitude: Array, axis: int | None) -> Array:
     """Ranks of `magnitude [M, ...]`, from -1 for the smallest to 1 for the largest."""
     shape = magnitude.shape
