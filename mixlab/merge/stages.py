@@ -230,8 +230,8 @@ def drop(
             (mergekit); None does not rescale.
 
     Raises:
-        ValueError: an argument is out of range, or there is no `density` between 0 and 1 to
-            which `epsilon` can be added and subtracted within [0, 1]; at the merge: no key.
+        ValueError: an argument is out of range, or `density - epsilon` or `density + epsilon`
+            of a density between 0 and 1 is; at the merge: there is no key.
 
     Source: Yu et al. 2024, "Language models are super Mario", section 3.2 (DARE); Deep et al.
     2024, "DELLA-Merging", section 2.2. The spread is that of mergekit.
@@ -241,13 +241,13 @@ def drop(
     if rescale is not None:
         core.check_choice(rescale, "rescale", ("expectation", "l1"))
     ranked = isinstance(epsilon, jax.core.Tracer) or epsilon != 0
-    if ranked and not any(isinstance(x, jax.core.Tracer) for x in (density, epsilon)):
-        # At 0 and 1 there is nothing to decide, whatever the ranks.
-        if density not in (0, 1) and not epsilon <= density <= 1 - epsilon:
-            raise ValueError(
-                f"density - epsilon and density + epsilon must lie between 0 and 1, got "
-                f"density={density} and epsilon={epsilon}"
-            )
+    known = not any(isinstance(x, jax.core.Tracer) for x in (density, epsilon))
+    # At 0 and 1 there is nothing to decide, whatever the ranks.
+    if ranked and known and density not in (0, 1) and not epsilon <= density <= 1 - epsilon:
+        raise ValueError(
+            "density - epsilon and density + epsilon must lie between 0 and 1, got "
+            f"density={density} and epsilon={epsilon}"
+        )
 
     def probability(leaves: core.Leaves, name: str) -> Array:
         p = jnp.asarray(density, jnp.float32)

@@ -1,5 +1,7 @@
 """Selection and the stages of task-vector methods."""
 
+import functools
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -119,11 +121,11 @@ def test_gradient_of_a_loss_with_respect_to_the_scale(method):
     rng = np.random.default_rng(0)
     inputs, targets = rng.normal(size=(8, 4)), rng.normal(size=8)
 
-    def loss(scale):
-        return jnp.mean(jnp.square(jnp.asarray(inputs) @ run(method(scale)) - targets))
+    def loss(scale, deltas):
+        return jnp.mean(jnp.square(jnp.asarray(inputs) @ run(method(scale), deltas) - targets))
 
     scales = jnp.asarray([-0.5, 0.3, 1.0])
-    found = jax.jit(jax.vmap(jax.grad(loss)))(scales)
+    found = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(scales, DELTAS)
     slope = inputs @ np.asarray(run(method(1.0)), np.float64)
     expected = [np.mean(2 * (scale * slope - targets) * slope) for scale in (-0.5, 0.3, 1.0)]
     assert np.all(np.abs(expected) > 0.01)
@@ -143,12 +145,12 @@ def test_scale_and_density_may_be_mapped_over():
     deltas = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
 
     @jax.jit
-    @jax.vmap
-    def mapped(density, scale):
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
+    def mapped(density, scale, deltas):
         return {name: run(make(density, scale), deltas, key) for name, make in methods.items()}
 
     @jax.jit
-    def one_by_one():
+    def one_by_one(deltas):
         pairs = list(zip(densities, scales, strict=True))
         return {
             name: jnp.stack([run(make(d, s), deltas, key) for d, s in pairs])
@@ -156,8 +158,8 @@ def test_scale_and_density_may_be_mapped_over():
             if name != "della"  # Whose epsilon must fit a density that is known.
         }
 
-    found = mapped(jnp.asarray(densities), jnp.asarray(scales))
-    for name, expected in one_by_one().items():
+    found = mapped(jnp.asarray(densities), jnp.asarray(scales), deltas)
+    for name, expected in one_by_one(deltas).items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-6, err_msg=name)
     assert np.all(np.isfinite(found["della"]))
 
