@@ -250,10 +250,10 @@ def drop(
         )
 
     def probability(leaves: core.Leaves, name: str) -> Array:
-        p = jnp.asarray(density, jnp.float32)
+        p = jnp.asarray(density, float)
         if not ranked:
             return p
-        spread = jnp.minimum(jnp.asarray(epsilon, jnp.float32), jnp.minimum(p, 1 - p))
+        spread = jnp.minimum(jnp.asarray(epsilon, float), jnp.minimum(p, 1 - p))
         return p + spread * _relative_rank(jnp.abs(leaves.read(name).values), axis)
 
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
@@ -575,7 +575,7 @@ def _relative_rank(magnitude: Array, axis: int | None) -> Array:
         grouped = magnitude.reshape(shape[0], math.prod(shape[1:-1]), shape[-1])
     ranks = jnp.argsort(jnp.argsort(grouped, axis=along), axis=along)
     last = grouped.shape[along] - 1
-    relative = (2 * ranks - last).astype(jnp.float32) / max(last, 1)
+    relative = (2 * ranks - last).astype(float) / max(last, 1)
     return relative.reshape(shape)
 
 

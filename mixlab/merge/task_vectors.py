@@ -192,7 +192,8 @@ def breadcrumbs(
 def sce(select_topk: ArrayLike = 1.0, scale: ArrayLike = 1.0) -> core.MergeMethod:
     """SCE: select the entries in which the models differ, weigh by energy, erase minority signs.
 
-    Equals mergekit's `sce`.
+    Equals mergekit's `sce`. One model, or equal ones, have no variance: of them less than all
+    selects nothing, and the base comes back.
 
     Args:
         select_topk: fraction of each leaf's entries to keep, by variance over the models, in

@@ -10,6 +10,7 @@ import pytest
 
 from mixlab import merge
 from mixlab.merge import core, draws, selection
+from tests.reference import merging_sparse
 
 
 def kth(arrays, k):
@@ -308,3 +309,53 @@ def test_unknown_choices_name_the_known_ones():
     for make in (merge.rescale, merge.task_arithmetic, merge.slerp, merge.interpolate):
         with pytest.raises(ValueError, match="must be finite"):
             make(np.nan)
+
+
+def test_sparse_methods_against_their_restatements(x64):
+    """On multiples of 1 / 64, where magnitudes tie and signs cancel, and variances are exact."""
+    shapes = {"kernel": (3, 2, 4), "bias": (5,), "gain": ()}
+    rng = np.random.default_rng(0)
+    base = {name: rng.integers(-64, 65, shape) / 64 for name, shape in shapes.items()}
+    taus = {name: rng.integers(-9, 10, (4, *shape)) / 64 for name, shape in shapes.items()}
+    weights = [0.5, 2.0, 1.0, 0.25]
+    options = [(False, False), (False, True), (True, False), (True, True)]
+    methods, expected = {"magmax": merge.magmax(0.5)}, {}
+    expected["magmax"] = lambda name, drawn: 0.5 * merging_sparse.magmax(taus[name])
+    methods["crumbs"] = merge.breadcrumbs(0.4, 0.2)
+    expected["crumbs"] = lambda name, drawn: sum(
+        merging_sparse.band(tau, 0.4, 0.2) for tau in taus[name]
+    )
+    methods["sce"] = merge.sce(0.4)
+    expected["sce"] = lambda name, drawn: merging_sparse.sce(taus[name], 0.4)
+    for (elect, normalize), rescale in zip(options, ("l1", None, "expectation", "l1"), strict=True):
+        common = {
+            "weights": weights,
+            "normalize": normalize,
+            "consensus": "ties" if elect else "linear",
+        }
+        case = f"{elect} {normalize}"
+        methods[f"dare {case}"] = merge.dare(0.4, rescale=rescale, **common)
+        methods[f"della {case}"] = merge.della(0.4, 0.25, rescale=rescale, **common)
+
+        def dropped(name, drawn, epsilon, elect=elect, normalize=normalize, rescale=rescale):
+            p = [merging_sparse.keep_probability(tau, 0.4, epsilon) for tau in taus[name]]
+            left = map(merging_sparse.drop, taus[name], drawn, p, [rescale] * 4)
+            return merging_sparse.consensus(np.stack(list(left)), weights, elect, normalize)
+
+        expected[f"dare {case}"] = functools.partial(dropped, epsilon=0.0)
+        expected[f"della {case}"] = functools.partial(dropped, epsilon=0.25)
+
+    @jax.jit
+    def merge_all(models, base):
+        plans = {case: m.measure(models, base, jax.random.key(0)) for case, m in methods.items()}
+        return plans, {case: m.combine(plans[case], models, base) for case, m in methods.items()}
+
+    plans, merged = merge_all({name: base[name] + tau for name, tau in taus.items()}, base)
+    assert merged.keys() == expected.keys()
+    for case, restated in expected.items():
+        for name in shapes:
+            drawn = plans[case].get("0/drop", {}).get(name, {}).get("kept")
+            value = base[name] + restated(name, None if drawn is None else np.asarray(drawn))
+            np.testing.assert_allclose(
+                merged[case][name], value, rtol=1e-12, atol=1e-13, err_msg=f"{case} {name}"
+            )
