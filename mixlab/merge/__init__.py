@@ -38,6 +38,31 @@ from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
 from mixlab.merge.stock import model_stock
 from mixlab.merge.task_vectors import task_arithmetic, ties
+from mixlab.merge.spherical import slerp
+from mixlab.merge.stages import (
+    Stage,
+    TaskVectors,
+    band,
+    chain,
+    drop,
+    elect_sign,
+    fuse,
+    mask,
+    reduce,
+    rescale,
+    select,
+    trim,
+    weigh,
+)
+from mixlab.merge.task_vectors import (
+    breadcrumbs,
+    dare,
+    della,
+    magmax,
+    sce,
+    task_arithmetic,
+    ties,
+)
 
 __all__ = [
     "METHODS",
@@ -50,8 +75,13 @@ __all__ = [
     "bulyan",
     "by_depth",
     "centered_clipping",
+    "band",
+    "breadcrumbs",
     "chain",
+    "dare",
+    "della",
     "diagonal_fisher",
+    "drop",
     "elect_sign",
     "ema",
     "extract_lora",
@@ -73,6 +103,10 @@ __all__ = [
     "multi_krum",
     "multislerp",
     "nuslerp",
+    "fuse",
+    "interpolate",
+    "magmax",
+    "mask",
     "parse",
     "phocas",
     "reconcile",
@@ -82,6 +116,8 @@ __all__ = [
     "report",
     "rescale",
     "running_average",
+    "sce",
+    "select",
     "slerp",
     "swa",
     "table",
@@ -123,11 +159,24 @@ METHODS = {
         ties,
         trimmed_mean,
         tsv,
+        breadcrumbs,
+        dare,
+        della,
+        fisher,
+        interpolate,
+        magmax,
+        sce,
+        slerp,
+        task_arithmetic,
+        ties,
     )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
 
-STAGES = {stage.__name__: stage for stage in (elect_sign, reduce, rescale, trim, weigh)}
+STAGES = {
+    stage.__name__: stage
+    for stage in (band, drop, elect_sign, fuse, mask, reduce, rescale, select, trim, weigh)
+}
 """Every stage by its name."""
 
 
