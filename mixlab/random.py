@@ -1,21 +1,21 @@
-"""Random words as `jax.random` draws them, written out.
+"""Random numbers in bulk: Threefry written out.
 
 On CPUs JAX compiles its generator as a loop whose every round goes through memory. Without the
 loop a compiler keeps the rounds in registers: the same numbers, to the bit, several times faster,
 and compiled sooner.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mixlab.types import Array, ArrayLike, Key
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_GROUPS = 5
 _CHUNK = 2**18
+_LANES = 4
 
 
 def bits(key: Key, shape: tuple[int, ...]) -> Array:
@@ -40,7 +40,8 @@ def bits(key: Key, shape: tuple[int, ...]) -> Array:
     length = math.ceil(size / num)
 
     def chunk(start: Array) -> Array:
-        high, low = _threefry(key, start + jnp.arange(length, dtype=jnp.uint32))
+        counter = start + jnp.arange(length, dtype=jnp.uint32)
+        high, low = threefry(jax.random.key_data(key), jnp.zeros_like(counter), counter)
         return high ^ low
 
     # In a loop of at least two turns, or XLA would compile a generator of its own into every use.
@@ -64,14 +65,57 @@ def whole_number(u: Array, count: ArrayLike | tuple[int, ...]) -> Array:
     return jnp.minimum((u * count.astype(u.dtype)).astype(jnp.int32), count - 1)
 
 
-def _threefry(key: Key, counter: Array) -> tuple[Array, Array]:
-    first, second = jax.random.key_data(key)
-    schedule = first, second, first ^ second ^ np.uint32(0x1BD11BDA)
-    x, y = jnp.broadcast_to(first, counter.shape), counter + second
-    for group in range(_GROUPS):
-        for distance in _ROTATIONS[group % 2]:
-            x = x + y
-            y = ((y << distance) | (y >> (32 - distance))) ^ x
-        x = x + schedule[(group + 1) % 3]
-        y = y + schedule[(group + 2) % 3] + np.uint32(group + 1)
-    return x, y
+@functools.partial(jax.jit, static_argnums=2)
+def bernoulli(key: Key, probability: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """True with a given probability, independently for every entry.
+
+    What one row draws does not depend on how many rows there are. Probabilities are exact to
+    2^-24, so that 0 is never and 1 is always.
+
+    Args:
+        key: a PRNG key of any kind.
+        probability: in [0, 1]; broadcasts to `shape`.
+        shape: `(M, ...)`, fewer than 2^34 entries a row.
+
+    Returns:
+        bools of `shape`.
+    """
+    # One cipher block of 64 bits decides four entries; jax.random spends a block on each. An
+    # entry is decided by 16 bits of its own and, only where these are the leading bits of the
+    # probability, by those of its neighbour as well: the two remain independent but for 2^-16.
+    rows, size = shape[0], math.prod(shape[1:])
+    length = -(-size // _LANES)
+    block = jnp.arange(length, dtype=jnp.uint32)[None]
+    seed = jax.random.bits(key, (2,), jnp.uint32)
+    high, low = threefry(seed, block, jnp.arange(rows, dtype=jnp.uint32)[:, None])
+    limits = jnp.broadcast_to(jnp.asarray(probability, jnp.float32), shape).reshape(rows, size)
+
+    def decide(lane: int, words: Array) -> Array:
+        # Compared before they are joined: XLA for CPUs does not vectorise what follows a join.
+        limit = limits[:, lane * length : (lane + 1) * length]
+        return (words[:, : limit.shape[1]] >> 8).astype(jnp.float32) * 2.0**-24 < limit
+
+    lanes = (high, _rotate(high, 16), low, _rotate(low, 16))
+    kept = [decide(lane, words) for lane, words in enumerate(lanes)]
+    return jnp.concatenate(kept, axis=1).reshape(shape)
+
+
+def threefry(seed: Array, high: Array, low: Array) -> tuple[Array, Array]:
+    """Enciphers two 32-bit words under a seed `[2]`: Threefry-2x32 of 20 rounds.
+
+    The generator of `jax.random`, in one expression that compilers keep in registers.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ jnp.uint32(0x1BD11BDA))
+    high, low = high + keys[0], low + keys[1]
+    for i in range(1, 6):
+        for distance in _ROTATIONS[(i - 1) % 2]:
+            high = high + low
+            low = _rotate(low, distance) ^ high
+        high, low = high + keys[i % 3], low + keys[(i + 1) % 3] + jnp.uint32(i)
+    return high, low
+
+
+def _rotate(word: Array, distance: int) -> Array:
+    return (word << distance) | (word >> (32 - distance))

@@ -35,10 +35,6 @@ from mixlab.merge.rules import reconcile
 from mixlab.merge.soups import greedy_soup
 from mixlab.merge.spectral import iso_c, iso_cts, tsv
 from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
-from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
-from mixlab.merge.stock import model_stock
-from mixlab.merge.task_vectors import task_arithmetic, ties
-from mixlab.merge.spherical import slerp
 from mixlab.merge.stages import (
     Stage,
     TaskVectors,
@@ -54,6 +50,7 @@ from mixlab.merge.stages import (
     trim,
     weigh,
 )
+from mixlab.merge.stock import model_stock
 from mixlab.merge.task_vectors import (
     breadcrumbs,
     dare,
@@ -72,11 +69,11 @@ __all__ = [
     "TaskVectors",
     "apply_lora",
     "average",
+    "band",
+    "breadcrumbs",
     "bulyan",
     "by_depth",
     "centered_clipping",
-    "band",
-    "breadcrumbs",
     "chain",
     "dare",
     "della",
@@ -87,6 +84,7 @@ __all__ = [
     "extract_lora",
     "fisher",
     "flag",
+    "fuse",
     "geometric_median",
     "grams",
     "greedy_soup",
@@ -95,6 +93,8 @@ __all__ = [
     "iso_cts",
     "karcher",
     "krum",
+    "magmax",
+    "mask",
     "mda",
     "meamed",
     "median",
@@ -103,10 +103,6 @@ __all__ = [
     "multi_krum",
     "multislerp",
     "nuslerp",
-    "fuse",
-    "interpolate",
-    "magmax",
-    "mask",
     "parse",
     "phocas",
     "reconcile",
@@ -133,8 +129,11 @@ METHODS = {
     method.__name__: method
     for method in (
         average,
+        breadcrumbs,
         bulyan,
         centered_clipping,
+        dare,
+        della,
         ema,
         fisher,
         flag,
@@ -144,6 +143,7 @@ METHODS = {
         iso_cts,
         karcher,
         krum,
+        magmax,
         mda,
         meamed,
         median,
@@ -153,22 +153,13 @@ METHODS = {
         nuslerp,
         phocas,
         regmean,
+        sce,
         slerp,
         swa,
         task_arithmetic,
         ties,
         trimmed_mean,
         tsv,
-        breadcrumbs,
-        dare,
-        della,
-        fisher,
-        interpolate,
-        magmax,
-        sce,
-        slerp,
-        task_arithmetic,
-        ties,
     )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""

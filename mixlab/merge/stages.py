@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab import trees
-from mixlab.merge import core, draws, selection
+from mixlab import random, trees
+from mixlab.merge import core, selection
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 
@@ -263,7 +263,7 @@ def drop(
         for name, spec in leaves.specs.items():
             p = probability(leaves, name)
             leaf_key = trees.name_key(key, name)
-            kept = draws.bernoulli(leaf_key, p, (leaves.num_models, *spec.shape))
+            kept = random.bernoulli(leaf_key, p, (leaves.num_models, *spec.shape))
             plan[name] = {"probability": p, "kept": kept}
         return plan
 

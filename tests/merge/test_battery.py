@@ -60,14 +60,14 @@ def grams(models):
 
 ROWS = {
     "average": Row("average"),
+    "breadcrumbs": Row("breadcrumbs(density=0.5, gamma=0.1)", needs_base=True),
     "bulyan": Row("bulyan(num_byzantine=1)", num_models=7),
     "centered_clipping": Row("centered_clipping(radius=2.0, iterations=30)"),
-    "ema": Row("ema(decay=0.5)", symmetric=False),
-    "breadcrumbs": Row("breadcrumbs(density=0.5, gamma=0.1)", needs_base=True),
     "dare": Row(
         "dare(density=0.5, consensus='ties')", needs_base=True, needs_key=True, symmetric=False
     ),
     "della": Row("della", needs_base=True, needs_key=True, symmetric=False),
+    "ema": Row("ema(decay=0.5)", symmetric=False),
     "fisher": Row("fisher(normalize=True)", inputs=fishers),
     "flag": Row("flag(rank=2, iterations=2)", num_models=4, tolerance=1e-4),
     "geometric_median": Row("geometric_median", num_models=4),
@@ -76,6 +76,7 @@ ROWS = {
     "iso_cts": Row("iso_cts(scale=0.5, common_space_fraction=0.4)", needs_base=True),
     "karcher": Row("karcher"),
     "krum": Row("krum(num_byzantine=1)", num_models=5),
+    "magmax": Row("magmax", needs_base=True),
     "mda": Row("mda(num_byzantine=1)", num_models=4),
     "meamed": Row("meamed(num_byzantine=1)", num_models=4),
     "median": Row("median", num_models=4),
@@ -85,7 +86,6 @@ ROWS = {
     "nuslerp": Row("nuslerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "phocas": Row("phocas(num_byzantine=1)", num_models=4),
     "regmean": Row("regmean(off_diagonal=0.9)", inputs=grams),
-    "magmax": Row("magmax", needs_base=True),
     "sce": Row("sce(select_topk=0.5)", needs_base=True),
     "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "swa": Row("swa"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixlab import merge
-from mixlab.merge import core, draws, selection
+from mixlab.merge import core, selection
 from tests.reference import merging_sparse
 
 
@@ -163,33 +163,6 @@ def test_scale_and_density_may_be_mapped_over():
     for name, expected in one_by_one(deltas).items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-6, err_msg=name)
     assert np.all(np.isfinite(found["della"]))
-
-
-def test_draws_are_threefry():
-    seed, counters = jnp.asarray([7, 2**31], jnp.uint32), jnp.arange(10, dtype=jnp.uint32)
-    expected = jax.extend.random.threefry_2x32(seed, counters)
-    found = jnp.concatenate(draws.threefry(seed, counters[:5], counters[5:]))
-    np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("probability", [0.001, 0.3, 0.99])
-def test_draws_have_their_probability_and_are_independent(probability):
-    rows, size = 3, 4 * 50_001 - 2
-    kept = np.asarray(draws.bernoulli(jax.random.key(0), probability, (rows, size)))
-    few = draws.bernoulli(jax.random.key(0), probability, (1, size))
-    np.testing.assert_array_equal(few, kept[:1])
-    spread = np.sqrt(probability * (1 - probability) / size)
-    assert np.all(np.abs(kept.mean(axis=1) - probability) < 5 * spread)
-    # Of models, of entries side by side, and of the four that share a block.
-    quarter = 50_001
-    lanes = [kept[0, i * quarter : (i + 1) * quarter][: quarter - 2] for i in range(4)]
-    pairs = [(kept[0], kept[1]), (kept[1], kept[2]), (kept[0, 1:], kept[0, :-1])]
-    pairs += [(lanes[i], lanes[j]) for i in range(4) for j in range(i)]
-    for a, b in pairs:
-        both = np.mean(a & b)
-        assert abs(both - probability**2) < 6 * probability * np.sqrt(
-            (1 - probability**2) / len(a)
-        ), probability
 
 
 def test_drop_keeps_the_expectation_and_l1_the_sum_of_magnitudes():
