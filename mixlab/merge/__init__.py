@@ -12,44 +12,95 @@ and None leaves are copied from the base, never averaged; `merge.report` tells w
 
 from mixlab import spec
 from mixlab.merge.averaging import average, interpolate
+from mixlab.merge.balancing import balance, pcb
+from mixlab.merge.compression import (
+    CompressedMasks,
+    compress,
+    compressed_sizes,
+    load_compressed,
+    save_compressed,
+)
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
+from mixlab.merge.masks import MaskedVector, MaskMethod, consensus, emr, tall_masks
 from mixlab.merge.reports import report, table
+from mixlab.merge.selective import arcee_fusion, nearswap, ram, ram_plus, reinforce, threshold
 from mixlab.merge.spherical import slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
 from mixlab.merge.task_vectors import task_arithmetic, ties
+from mixlab.merge.twin import CompressedTwin, TwinMethod, twin
 
 __all__ = [
     "METHODS",
     "STAGES",
+    "CompressedMasks",
+    "CompressedTwin",
+    "MaskMethod",
+    "MaskedVector",
     "MergeMethod",
     "Stage",
     "TaskVectors",
+    "TwinMethod",
+    "arcee_fusion",
     "average",
+    "balance",
     "chain",
+    "compress",
+    "compressed_sizes",
+    "consensus",
     "diagonal_fisher",
     "elect_sign",
+    "emr",
     "fisher",
     "interpolate",
+    "load_compressed",
+    "nearswap",
     "parse",
+    "pcb",
+    "ram",
+    "ram_plus",
     "reduce",
+    "reinforce",
     "report",
     "rescale",
+    "save_compressed",
     "slerp",
     "table",
+    "tall_masks",
     "task_arithmetic",
+    "threshold",
     "ties",
     "trim",
+    "twin",
     "weigh",
 ]
 
 METHODS = {
     method.__name__: method
-    for method in (average, fisher, interpolate, slerp, task_arithmetic, ties)
+    for method in (
+        arcee_fusion,
+        average,
+        consensus,
+        emr,
+        fisher,
+        interpolate,
+        nearswap,
+        pcb,
+        ram,
+        ram_plus,
+        slerp,
+        tall_masks,
+        task_arithmetic,
+        ties,
+        twin,
+    )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
 
-STAGES = {stage.__name__: stage for stage in (elect_sign, reduce, rescale, trim, weigh)}
+STAGES = {
+    stage.__name__: stage
+    for stage in (balance, elect_sign, reduce, reinforce, rescale, threshold, trim, weigh)
+}
 """Every stage by its name."""
 
 
