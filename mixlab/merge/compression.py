@@ -8,7 +8,6 @@
 import dataclasses
 import json
 import os
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -185,15 +184,15 @@ def save_compressed(path: str | Path, compressed: Compressed, base: PyTree) -> N
         for name, array in value.items() if isinstance(value, dict) else [("", value)]:
             arrays[f"{field.name}/{name}"] = np.asarray(array)
     path = Path(path)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(unfinished, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
-        os.unlink(unfinished)
+        unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -210,10 +209,11 @@ def load_compressed(path: str | Path, base: PyTree) -> Compressed:
         OSError: there is no such file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             header = json.loads(str(file[_HEADER]))
             if header["format"] != _FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
+            kind, expected = header["kind"], header["base"]
             arrays = {key: file[key] for key in file.files if key != _HEADER}
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
@@ -221,7 +221,7 @@ def load_compressed(path: str | Path, base: PyTree) -> Compressed:
             "save_compressed"
         ) from error
     opened = core.open_models([base])
-    found, expected = _fingerprints(opened), header["base"]
+    found = _fingerprints(opened)
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ValueError(
@@ -233,7 +233,7 @@ def load_compressed(path: str | Path, base: PyTree) -> Compressed:
     for key, array in arrays.items():
         field, _, name = key.partition("/")
         tables.setdefault(field, {})[name] = jnp.asarray(array)
-    if header["kind"] == CompressedMasks.kind:
+    if kind == CompressedMasks.kind:
         empty: dict[str, Any] = {"vector": {}, "bits": {}}
         return CompressedMasks(**empty | tables | {"rescalers": tables["rescalers"][""]})
     return twin.CompressedTwin(**{"shared": {}} | tables)

@@ -163,7 +163,7 @@ def consensus(
 
     def masked(plan: Plan, name: str, stacked: Array, origin: Array) -> tuple[Array, Array]:
         vector, masks = masked_tasks(plan, name, stacked, origin)
-        return vector, jnp.sum(masks, axis=0) >= plan["k"].astype(jnp.int32)
+        return vector, jnp.sum(masks, axis=0, dtype=plan["k"].dtype) >= plan["k"]
 
     return _mask_method("consensus", measure, masked, lambda plan: plan["scale"], one_model=True)
 

@@ -271,7 +271,8 @@ def _dense(stored: Table, shape: tuple[int, ...]) -> Array:
         return jnp.matmul(stored["left"], stored["right"], precision="highest").reshape(shape)
     index, value = stored["index"], stored["value"]
     flat = jnp.zeros((shape[0], int(np.prod(shape[1:]))), value.dtype)
-    return flat.at[jnp.arange(shape[0])[:, None], index].set(value, mode="drop").reshape(shape)
+    row = jnp.arange(shape[0], dtype=index.dtype)[:, None]
+    return flat.at[row, index].set(value, mode="drop").reshape(shape)
 
 
 def _router(weights: ArrayLike | Sequence[float], num_models: int) -> Array:

@@ -117,3 +117,33 @@ def test_ram(inputs):  # noqa: F811
         "ramplus_tl/mergekit": merge.ram_plus(0.1, 0.2, 1e-5, scope="leaf"),
     }
     check(methods, v, models, base)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5])
+def test_twin(inputs, density):  # noqa: F811
+    base, models = inputs
+    v = golden.load("merging/public_twin")
+
+    @jax.jit
+    def run(models, base, router_weights):
+        method = merge.twin(density)
+        merged = method(models, base=base, router_weights=router_weights)
+        largest = merge.compress(merge.twin(density, compression="magnitude"), models, base=base)
+        return merge.compress(method, models, base=base), largest, merged
+
+    svd, largest, merged = run(models, base, v["router_weights"])
+    compare(dict(svd.shared), v, "shared")
+    for name in base:
+        # The reference cannot factor the leaf of four axes.
+        if name == "conv/kernel":
+            continue
+        for i in range(len(models)):
+            expected = v[f"exclusive_svd/density={density}/ft{i}::{name}"]
+            np.testing.assert_allclose(svd.exclusive(name)[i], expected, rtol=0, atol=ATOL)
+        for row in range(3):
+            expected = v[f"twin/density={density}/router_row{row}::{name}"]
+            np.testing.assert_allclose(merged[name][row], expected, rtol=0, atol=ATOL)
+    kept = {name: largest.exclusive(name)[0] for name in base}
+    compare(kept, v, f"exclusive_magnitude/density={density}/ft0")
+    for name, value in tree(v, f"exclusive_magnitude/density={density}/ft0").items():
+        np.testing.assert_array_equal(kept[name] != 0, value != 0, err_msg=name)
