@@ -85,6 +85,11 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> stages.Stage:
         between = [jnp.sum(jnp.tanh(own * signed), axis=0) for own in signed]
         return within * jnp.stack(between)
 
+    def rank(d: int) -> Array | int:
+        if isinstance(ratio, jax.core.Tracer):
+            return jnp.floor(d * (1 - ratio)).astype(jnp.int32)
+        return int(d * (1 - float(ratio)))
+
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
         d, clamp = leaves.size, _CLAMP[variant]
 
@@ -98,11 +103,7 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> stages.Stage:
             "high": selection.kth_smallest(magnitudes, int(d * (1 - clamp) - 1) + 1),
         }
         scores = leaves.map(functools.partial(score, plan))
-        if isinstance(ratio, jax.core.Tracer):
-            rank = jnp.floor(d * (1 - ratio)).astype(jnp.int32)
-        else:
-            rank = int(d * (1 - float(ratio)))
-        return plan | {"threshold": _kth(scores, rank + 1), "maximum": _maximum(scores)}
+        return plan | {"threshold": _kth(scores, rank(d) + 1), "maximum": _maximum(scores)}
 
     def apply(plan: Plan, name: str, taus: stages.TaskVectors) -> stages.TaskVectors:
         values = taus.values

@@ -196,7 +196,7 @@ def reinforce(r: ArrayLike, alpha: ArrayLike = 0.2, *, scope: str = "model") -> 
             shared, unique = part.total(counts, jnp.zeros((2, leaves.num_models), jnp.uint32))
             # Without unique entries the ratio multiplies nothing.
             ratio = shared.astype(float) / jnp.maximum(unique, 1).astype(float)
-            return 1 + r * jnp.minimum(ratio, alpha)
+            return 1 + jnp.asarray(r, float) * jnp.minimum(ratio, jnp.asarray(alpha, float))
 
         if scope == "model":
             return {"factors": factors(leaves)}

@@ -159,7 +159,7 @@ def twin(
         found, bases = opened(models, base)
         if compression == "bernoulli" and key is None:
             raise ValueError('twin(compression="bernoulli") draws: give key=jax.random.key(...)')
-        plan = {"scale": jnp.asarray(scale, float), "key": key, "bases": {}}
+        plan: Plan = {"scale": jnp.asarray(scale, float), "key": key, "bases": {}}
 
         def basis(name: str, stacked: Array) -> Array | None:
             _, rest = halves(plan, name, stacked, bases.read(name))
@@ -172,13 +172,14 @@ def twin(
             left, _, _ = jnp.linalg.svd(jax.lax.stop_gradient(matrices), full_matrices=False)
             return left[..., :rank]
 
-        if compression == "svd":
+        if compression == "svd" and density > 0:
             plan["bases"] = found.leaves.each(basis)
         return plan
 
     def exclusive(plan: Plan, name: str, rest: Array) -> dict[str, Array]:
         if density == 0 and not is_excluded(name):
-            return {"whole": jnp.zeros_like(rest)}
+            none = (len(rest), 0)
+            return {"index": jnp.zeros(none, jnp.int32), "value": jnp.zeros(none, rest.dtype)}
         if is_whole(name, rest):
             return {"whole": rest}
         if compression == "svd":
@@ -231,11 +232,12 @@ def twin(
     def parts(models: PyTree, base: PyTree | None, key: Key | None) -> CompressedTwin:
         found, bases = opened(models, base)
         plan = decide(models, base, key)
-        shared, tables = {}, {}
+        shared: Table = {}
+        tables: dict[str, Table] = {}
         for name in found.leaves.specs:
             shared[name], rest = halves(plan, name, found.leaves.read(name), bases.read(name))
             stored = exclusive(plan, name, rest)
-            if compression == "bernoulli" and not is_whole(name, rest):
+            if compression == "bernoulli" and "whole" in stored and not is_whole(name, rest):
                 stored = _sparse(stored["whole"])
             for kind, array in stored.items():
                 tables.setdefault(kind, {})[name] = array

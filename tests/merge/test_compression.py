@@ -14,14 +14,14 @@ NUM_MODELS = 3
 ROUTER = np.asarray([[0.2, 0.5, 0.3], [1, 0, 0]], np.float32)
 
 
-def tree(seed, dtype="float32"):
+def tree(seed):
     """The battery's model, and a leaf of four axes."""
     conv = np.random.default_rng(seed + 1000).normal(size=(3, 3, 2, 5))
-    return model(seed, dtype) | {"conv": jnp.asarray(conv, dtype)}
+    return model(seed) | {"conv": jnp.asarray(conv, "float32")}
 
 
-def experts(dtype="float32"):
-    return tree(BASE_SEED, dtype), [tree(seed, dtype) for seed in range(NUM_MODELS)]
+def experts():
+    return tree(BASE_SEED), [tree(seed) for seed in range(NUM_MODELS)]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def experts(dtype="float32"):
     ],
 )
 def test_masked_models_come_back_to_the_bit(text, dtype, tmp_path):
-    base, models = experts(dtype)
+    base, *models = (model(seed, dtype) for seed in (BASE_SEED, *range(NUM_MODELS)))
     method = merge.parse(text)
     merged = method(models, base=base)
     compressed = merge.compress(method, models, base=base)
