@@ -209,6 +209,8 @@ def load_compressed(path: str | Path, base: PyTree) -> Compressed:
         OSError: there is no such file.
     """
     try:
+        # First a look at the directory at the end, or NumPy would offer to unpickle the file.
+        zipfile.ZipFile(path).close()
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             header = json.loads(str(file[_HEADER]))
             if header["format"] != _FORMAT:

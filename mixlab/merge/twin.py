@@ -284,4 +284,5 @@ def _router(weights: ArrayLike | Sequence[float], num_models: int) -> Array:
             f"router_weights must be [M] or [B, M] for the {num_models} models, "
             f"got shape {array.shape}"
         )
+    core.check_finite(array, "router_weights")
     return array

@@ -27,8 +27,7 @@ def experts():
 @pytest.mark.parametrize(
     ("text", "dtype"),
     [
-        ("tall_masks([0.2, 0.4, 0.6])", "float32"),
-        ("tall_masks(0.4)", "bfloat16"),
+        ("tall_masks([0.2, 0.4, 0.6])", "bfloat16"),
         ("emr", "float32"),
     ],
 )

@@ -29,7 +29,7 @@ def models():
 
 def test_ram_plus_over_the_whole_model(models):
     base, models = models
-    merged = merge.ram_plus(0.5, 0.9, 1.0)(models, base=base)
+    merged = jax.jit(merge.ram_plus(0.5, 0.9, 1.0))(models, base=base)
     taus = np.stack([flat(model) - flat(base) for model in models])
     expected = reference.ram_plus(taus, r=0.5, alpha=0.9, epsilon=1.0)
     np.testing.assert_allclose(flat(merged) - flat(base), expected, atol=1e-5)
@@ -39,7 +39,8 @@ def test_ram_plus_over_the_whole_model(models):
 def test_pcb_on_a_model_of_several_leaves(models, variant, ratio):
     base, models = models
     weights = [0.8, 1.3, 1.0, 0.9]
-    merged = merge.pcb(ratio, 0.7, weights=weights, variant=variant)(models, base=base)
+    method = merge.pcb(ratio, 0.7, weights=weights, variant=variant)
+    merged = jax.jit(method)(models, base=base)
     taus = np.stack([flat(model) - flat(base) for model in models])
     expected = 0.7 * reference.pcb(taus, ratio, weights=weights, variant=variant)
     np.testing.assert_allclose(flat(merged) - flat(base), expected, atol=1e-5)
@@ -50,8 +51,13 @@ def test_emr_counts_leaves_alike_and_elects_minus_where_the_sum_is_zero():
     one = {"long": np.float32([1, 2, -3, 4]), "short": np.float32(2)}
     two = {"long": np.float32([-1, 4, -1, -5]), "short": np.float32(4)}
     method = merge.emr()
-    plan = method.measure([one, two], zero)
-    split = method.split(plan, [one, two], zero)
+
+    @jax.jit
+    def run(models, base):
+        plan = method.measure(models, base)
+        return plan, method.split(plan, models, base)
+
+    plan, split = run([one, two], zero)
     np.testing.assert_array_equal(split.vector["long"], [-1, 4, -3, -5])
     np.testing.assert_array_equal(
         split.masks["long"], [[False, True, True, False], [True, True, True, True]]
