@@ -8,6 +8,10 @@ Every method is a function of its hyper-parameters that returns a `MergeMethod`:
 A method has two halves, `measure` (decide) and `combine` (apply, leaf by leaf). Methods on task
 vectors are chains of stages: `merge.chain(merge.trim(0.2), merge.reduce("mean"))`. Integer, bool
 and None leaves are copied from the base, never averaged; `merge.report` tells which.
+
+`emr` and `tall_masks` give a model for each that goes in, stacked along a leading axis M, and
+`twin` merges by a router's weights. `merge.compress` keeps what they need of the M models, and
+`merge.save_compressed` and `merge.load_compressed` keep that in a file.
 """
 
 from mixlab import spec

@@ -11,7 +11,7 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -177,12 +177,18 @@ def save_compressed(path: str | Path, compressed: Compressed, base: PyTree) -> N
     """
     opened = core.open_models([base])
     masks.check_leaves(_reference(compressed), opened)
-    header = {"format": _FORMAT, "kind": compressed.kind, "base": _fingerprints(opened)}
-    arrays = {_HEADER: np.asarray(json.dumps(header))}
+    arrays = {}
     for field in dataclasses.fields(compressed):
         value = getattr(compressed, field.name)
         for name, array in value.items() if isinstance(value, dict) else [("", value)]:
             arrays[f"{field.name}/{name}"] = np.asarray(array)
+    header = {
+        "format": _FORMAT,
+        "kind": compressed.kind,
+        "base": _fingerprints(opened),
+        "arrays": list(arrays),
+    }
+    arrays[_HEADER] = np.asarray(json.dumps(header))
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -208,22 +214,15 @@ def load_compressed(path: str | Path, base: PyTree) -> Compressed:
             message names a leaf.
         OSError: there is no such file.
     """
-    try:
-        # First a look at the directory at the end, or NumPy would offer to unpickle the file.
-        zipfile.ZipFile(path).close()
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            header = json.loads(str(file[_HEADER]))
-            if header["format"] != _FORMAT:
-                raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
-            kind, expected = header["kind"], header["base"]
-            arrays = {key: file[key] for key in file.files if key != _HEADER}
-    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is not a whole file of compressed models ({error}); write it again with "
-            "save_compressed"
-        ) from error
-    opened = core.open_models([base])
-    found = _fingerprints(opened)
+    with open(path, "rb") as raw:
+        try:
+            header, tables = _read(raw)
+        except Exception as error:  # Whatever a damaged archive makes zipfile and NumPy raise.
+            raise ValueError(
+                f"{path} is not a whole file of compressed models ({error}); write it again with "
+                "save_compressed"
+            ) from error
+    found, expected = _fingerprints(core.open_models([base])), header["base"]
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ValueError(
@@ -231,14 +230,27 @@ def load_compressed(path: str | Path, base: PyTree) -> Compressed:
                 f"{_words(expected.get(name))} there and {_words(found.get(name))} in the base "
                 "that was given"
             )
-    tables: dict[str, Any] = {}
-    for key, array in arrays.items():
-        field, _, name = key.partition("/")
-        tables.setdefault(field, {})[name] = jnp.asarray(array)
-    if kind == CompressedMasks.kind:
-        empty: dict[str, Any] = {"vector": {}, "bits": {}}
-        return CompressedMasks(**empty | tables | {"rescalers": tables["rescalers"][""]})
+    if header["kind"] == CompressedMasks.kind:
+        rescalers = tables.pop("rescalers")[""]
+        return CompressedMasks(**{"vector": {}, "bits": {}} | tables, rescalers=rescalers)
     return twin.CompressedTwin(**{"shared": {}} | tables)
+
+
+def _read(raw: BinaryIO) -> tuple[dict[str, Any], dict[str, twin.Table]]:
+    # First a look at the directory at the end, or NumPy would offer to unpickle the file.
+    zipfile.ZipFile(raw).close()
+    raw.seek(0)
+    tables: dict[str, twin.Table] = {}
+    with np.load(raw, allow_pickle=False) as file:
+        header = json.loads(str(file[_HEADER]))
+        if header["format"] != _FORMAT:
+            raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
+        if sorted(header["arrays"]) != sorted(set(file.files) - {_HEADER}):
+            raise ValueError("arrays are missing")
+        for entry in header["arrays"]:
+            field, _, name = entry.partition("/")
+            tables.setdefault(field, {})[name] = jnp.asarray(file[entry])
+    return header, tables
 
 
 def _reference(compressed: Compressed) -> twin.Table:
