@@ -35,7 +35,7 @@ def pcb(
         ValueError: an argument is out of range, there are not M weights, or there is no base.
         TypeError: a leaf is complex.
 
-    Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging", section 3.
+    Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging".
     """
     core.check_finite(scale, "scale")
     return stages.chain(
@@ -65,8 +65,8 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> stages.Stage:
         ValueError: the ratio is out of range, or the variant unknown.
         TypeError: a leaf is complex.
 
-    Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging", section 3,
-    equations 2 to 4.
+    Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging", and the
+    authors' code.
     """
     core.check_choice(variant, "variant", tuple(_CLAMP))
     core.check_finite(ratio, "ratio", 0.0, 1.0)

@@ -63,8 +63,8 @@ def emr() -> MaskMethod:
         ValueError: there is no base.
         TypeError: a leaf is complex.
 
-    Source: Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging",
-    section 3.2 and algorithm 1.
+    Source: Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging";
+    the zero rule and the means are FusionBench's.
     """
 
     def masked(plan: Plan, name: str, stacked: Array, origin: Array) -> tuple[Array, Array]:
@@ -115,7 +115,7 @@ def tall_masks(lam: ArrayLike | Sequence[float] = 0.4, *, multi_task: str = "sum
         TypeError: a leaf is complex.
 
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and
-    Compression", section 4.1, equation 4.
+    Compression" (TALL-masks).
     """
     measure, masked = _tall(lam, multi_task, "tall_masks")
 
@@ -151,7 +151,7 @@ def consensus(
         TypeError: a leaf is complex.
 
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and
-    Compression", section 4.3, equation 6.
+    Compression" (consensus merging).
     """
     core.check_finite(k, "k", 0.0)
     core.check_finite(scale, "scale")

@@ -107,7 +107,7 @@ def ram(epsilon: ArrayLike = 1e-5) -> core.MergeMethod:
         ValueError: epsilon is negative or not finite, or there is no base.
         TypeError: a leaf is complex.
 
-    Source: "Reinforced Agent Merging", arXiv 2601.13572, 2026.
+    Source: Yuan et al. 2026, "Behavior Knowledge Merge in Reinforced Agentic Models" (RAM).
     """
     return stages.chain(threshold(epsilon), stages.reduce("mean"))
 
@@ -135,7 +135,7 @@ def ram_plus(
         ValueError: a number is out of range, the scope is unknown, or there is no base.
         TypeError: a leaf is complex.
 
-    Source: "Reinforced Agent Merging", arXiv 2601.13572, 2026.
+    Source: Yuan et al. 2026, "Behavior Knowledge Merge in Reinforced Agentic Models" (RAM).
     """
     return stages.chain(threshold(epsilon), reinforce(r, alpha, scope=scope), stages.reduce("mean"))
 
@@ -179,7 +179,7 @@ def reinforce(r: ArrayLike, alpha: ArrayLike = 0.2, *, scope: str = "model") -> 
     Raises:
         ValueError: a number is out of range, or the scope unknown.
 
-    Source: "Reinforced Agent Merging", arXiv 2601.13572, 2026.
+    Source: Yuan et al. 2026, "Behavior Knowledge Merge in Reinforced Agentic Models" (RAM).
     """
     core.check_finite(r, "r")
     core.check_finite(alpha, "alpha", 0.0)

@@ -128,7 +128,7 @@ def twin(
         TypeError: a leaf is complex.
 
     Source: Lu et al. 2024, "Twin-Merging: Dynamic Integration of Modular Expertise in Model
-    Merging", section 3.3 and algorithm 1.
+    Merging", and the authors' code.
     """
     core.check_finite(density, "density", 0.0, 1.0)
     core.check_finite(scale, "scale")

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def pcb(taus, ratio, weights=None, variant="paper"):
-    """The merged task vector: Du et al. 2024, section 3, as in `pcb-merging.py` or `pcb_ES.py`."""
+    """The merged task vector: Du et al. 2024, as in `pcb-merging.py` or `pcb_ES.py`."""
     taus = np.asarray(taus, np.float64)
     num_tasks, d = taus.shape
     weights = np.ones(num_tasks) if weights is None else np.asarray(weights)
@@ -36,7 +36,7 @@ def pcb(taus, ratio, weights=None, variant="paper"):
 
 
 def ram_plus(taus, r, alpha, epsilon):
-    """The merged task vector: arXiv 2601.13572, with the counts over the whole model."""
+    """The merged task vector: Yuan et al. 2026, with the counts over the whole model."""
     taus = np.asarray(taus, np.float64)
     changed = np.abs(taus) > epsilon
     owners = changed.sum(axis=0)
