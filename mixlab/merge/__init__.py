@@ -8,6 +8,10 @@ Every method is a function of its hyper-parameters that returns a `MergeMethod`:
 A method has two halves, `measure` (decide) and `combine` (apply, leaf by leaf). Methods on task
 vectors are chains of stages: `merge.chain(merge.trim(0.2), merge.reduce("mean"))`. Integer, bool
 and None leaves are copied from the base, never averaged; `merge.report` tells which.
+
+`emr` and `tall_masks` give a model for each that goes in, stacked along a leading axis M, and
+`twin` merges by a router's weights. `merge.compress` keeps what they need of the M models, and
+`merge.save_compressed` and `merge.load_compressed` keep that in a file.
 """
 
 from mixlab import spec
@@ -60,10 +64,32 @@ from mixlab.merge.task_vectors import (
     task_arithmetic,
     ties,
 )
+from mixlab.merge.averaging import average, interpolate
+from mixlab.merge.balancing import balance, pcb
+from mixlab.merge.compression import (
+    CompressedMasks,
+    compress,
+    compressed_sizes,
+    load_compressed,
+    save_compressed,
+)
+from mixlab.merge.core import MergeMethod
+from mixlab.merge.curvature import diagonal_fisher, fisher
+from mixlab.merge.masks import MaskedVector, MaskMethod, consensus, emr, tall_masks
+from mixlab.merge.reports import report, table
+from mixlab.merge.selective import arcee_fusion, nearswap, ram, ram_plus, reinforce, threshold
+from mixlab.merge.spherical import slerp
+from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
+from mixlab.merge.task_vectors import task_arithmetic, ties
+from mixlab.merge.twin import CompressedTwin, TwinMethod, twin
 
 __all__ = [
     "METHODS",
     "STAGES",
+    "CompressedMasks",
+    "CompressedTwin",
+    "MaskMethod",
+    "MaskedVector",
     "MergeMethod",
     "Stage",
     "TaskVectors",
@@ -77,11 +103,20 @@ __all__ = [
     "chain",
     "dare",
     "della",
+    "TwinMethod",
+    "arcee_fusion",
+    "average",
+    "balance",
+    "chain",
+    "compress",
+    "compressed_sizes",
+    "consensus",
     "diagonal_fisher",
     "drop",
     "elect_sign",
     "ema",
     "extract_lora",
+    "emr",
     "fisher",
     "flag",
     "fuse",
@@ -114,14 +149,28 @@ __all__ = [
     "running_average",
     "sce",
     "select",
+    "load_compressed",
+    "nearswap",
+    "parse",
+    "pcb",
+    "ram",
+    "ram_plus",
+    "reduce",
+    "reinforce",
+    "report",
+    "rescale",
+    "save_compressed",
     "slerp",
     "swa",
     "table",
+    "tall_masks",
     "task_arithmetic",
+    "threshold",
     "ties",
     "trim",
     "trimmed_mean",
     "tsv",
+    "twin",
     "weigh",
 ]
 
@@ -160,6 +209,21 @@ METHODS = {
         ties,
         trimmed_mean,
         tsv,
+        arcee_fusion,
+        average,
+        consensus,
+        emr,
+        fisher,
+        interpolate,
+        nearswap,
+        pcb,
+        ram,
+        ram_plus,
+        slerp,
+        tall_masks,
+        task_arithmetic,
+        ties,
+        twin,
     )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
@@ -167,6 +231,7 @@ METHODS = {
 STAGES = {
     stage.__name__: stage
     for stage in (band, drop, elect_sign, fuse, mask, reduce, rescale, select, trim, weigh)
+    for stage in (balance, elect_sign, reduce, reinforce, rescale, threshold, trim, weigh)
 }
 """Every stage by its name."""
 
