@@ -3,14 +3,14 @@
 A non-negative float orders like the integer of the same bits. So the k-th smallest is found by
 bisection over integers, with seven edges at a time instead of one: a sweep over the leaves counts
 how many entries lie below each edge, and the answer stays between two of them. A sorted sample
-tells where to lay the first edges, and from then on the counts tell it: on smooth data three or
-four sweeps are enough; where that guess fails (few distinct values, say) every other sweep narrows
-the bracket by eight, whatever the data. A count is a sum over leaves, so the models are never
-sorted, copied or held together.
+tells where to lay the first edges, and from then on the counts tell it: three or four sweeps are
+enough for a large model; where such a guess fails, the next sweep narrows the bracket by eight,
+whatever the data. A count is a sum over leaves, so the models are never sorted, copied or held
+together.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,9 +135,7 @@ def _first_bracket(words: Leaves, rank: Array) -> _Bracket:
     zero = jnp.zeros(words.num_models, jnp.uint32)
     high = jnp.full_like(from_, 1 << (_bits(from_) - 1))
     shift = _log2((to - from_) // (_BINS - 2) + 1)
-    return _Bracket(
-        jnp.zeros_like(from_), high, zero, zero + jnp.uint32(words.size), from_, shift
-    )
+    return _Bracket(jnp.zeros_like(from_), high, zero, zero + jnp.uint32(words.size), from_, shift)
 
 
 def _narrow(bracket: _Bracket, below: Array, rank: Array) -> _Bracket:
