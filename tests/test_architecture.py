@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "report": {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
-    "bench": FOUNDATION | {"augment"},
+    "bench": FOUNDATION | {"augment", "merge"},
     "cli": FOUNDATION | {"agents", "augment", "train", "report", "checkpoint", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
