@@ -16,8 +16,30 @@ from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
 from mixlab.merge.reports import report, table
 from mixlab.merge.spherical import slerp
-from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
-from mixlab.merge.task_vectors import task_arithmetic, ties
+from mixlab.merge.stages import (
+    Stage,
+    TaskVectors,
+    band,
+    chain,
+    drop,
+    elect_sign,
+    fuse,
+    mask,
+    reduce,
+    rescale,
+    select,
+    trim,
+    weigh,
+)
+from mixlab.merge.task_vectors import (
+    breadcrumbs,
+    dare,
+    della,
+    magmax,
+    sce,
+    task_arithmetic,
+    ties,
+)
 
 __all__ = [
     "METHODS",
@@ -26,15 +48,25 @@ __all__ = [
     "Stage",
     "TaskVectors",
     "average",
+    "band",
+    "breadcrumbs",
     "chain",
+    "dare",
+    "della",
     "diagonal_fisher",
+    "drop",
     "elect_sign",
     "fisher",
+    "fuse",
     "interpolate",
+    "magmax",
+    "mask",
     "parse",
     "reduce",
     "report",
     "rescale",
+    "sce",
+    "select",
     "slerp",
     "table",
     "task_arithmetic",
@@ -45,11 +77,26 @@ __all__ = [
 
 METHODS = {
     method.__name__: method
-    for method in (average, fisher, interpolate, slerp, task_arithmetic, ties)
+    for method in (
+        average,
+        breadcrumbs,
+        dare,
+        della,
+        fisher,
+        interpolate,
+        magmax,
+        sce,
+        slerp,
+        task_arithmetic,
+        ties,
+    )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
 
-STAGES = {stage.__name__: stage for stage in (elect_sign, reduce, rescale, trim, weigh)}
+STAGES = {
+    stage.__name__: stage
+    for stage in (band, drop, elect_sign, fuse, mask, reduce, rescale, select, trim, weigh)
+}
 """Every stage by its name."""
 
 

@@ -52,8 +52,15 @@ def fishers(models):
 
 ROWS = {
     "average": Row("average"),
+    "breadcrumbs": Row("breadcrumbs(density=0.5, gamma=0.1)", needs_base=True),
+    "dare": Row(
+        "dare(density=0.5, consensus='ties')", needs_base=True, needs_key=True, symmetric=False
+    ),
+    "della": Row("della", needs_base=True, needs_key=True, symmetric=False),
     "fisher": Row("fisher(normalize=True)", inputs=fishers),
     "interpolate": Row("interpolate(0.3)", num_models=2, pair=True, symmetric=False),
+    "magmax": Row("magmax", needs_base=True),
+    "sce": Row("sce(select_topk=0.5)", needs_base=True),
     "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "task_arithmetic": Row("task_arithmetic(scale=0.5)", needs_base=True),
     "ties": Row("ties(density=0.5)", needs_base=True),

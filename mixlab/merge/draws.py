@@ -1,0 +1,68 @@
+"""Random decisions in bulk: a merge of large models takes hundreds of millions of them."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mixlab.types import Array, ArrayLike, Key
+
+_LANES = 4
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def bernoulli(key: Key, probability: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """True with a given probability, independently for every entry.
+
+    What one row draws does not depend on how many rows there are. Probabilities are exact to
+    2^-24, so that 0 is never and 1 is always.
+
+    Args:
+        key: a PRNG key of any kind.
+        probability: in [0, 1]; broadcasts to `shape`.
+        shape: `(M, ...)`, fewer than 2^34 entries a row.
+
+    Returns:
+        bools of `shape`.
+    """
+    # One cipher block of 64 bits decides four entries; jax.random spends a block on each. An
+    # entry is decided by 16 bits of its own and, only where these are the leading bits of the
+    # probability, by those of its neighbour as well: the two remain independent but for 2^-16.
+    rows, size = shape[0], math.prod(shape[1:])
+    length = -(-size // _LANES)
+    block = jnp.arange(length, dtype=jnp.uint32)[None]
+    seed = jax.random.bits(key, (2,), jnp.uint32)
+    high, low = threefry(seed, block, jnp.arange(rows, dtype=jnp.uint32)[:, None])
+    limits = jnp.broadcast_to(jnp.asarray(probability, jnp.float32), shape).reshape(rows, size)
+
+    def decide(lane: int, words: Array) -> Array:
+        # Compared before they are joined: XLA for CPUs does not vectorise what follows a join.
+        limit = limits[:, lane * length : (lane + 1) * length]
+        return (words[:, : limit.shape[1]] >> 8).astype(jnp.float32) * 2.0**-24 < limit
+
+    lanes = (high, _rotate(high, 16), low, _rotate(low, 16))
+    kept = [decide(lane, words) for lane, words in enumerate(lanes)]
+    return jnp.concatenate(kept, axis=1).reshape(shape)
+
+
+def threefry(seed: Array, high: Array, low: Array) -> tuple[Array, Array]:
+    """Enciphers two 32-bit words under a seed `[2]`: Threefry-2x32 of 20 rounds.
+
+    The generator of `jax.random`, in one expression that compilers keep in registers.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ jnp.uint32(0x1BD11BDA))
+    high, low = high + keys[0], low + keys[1]
+    for i in range(1, 6):
+        for distance in _ROTATIONS[(i - 1) % 2]:
+            high = high + low
+            low = _rotate(low, distance) ^ high
+        high, low = high + keys[i % 3], low + keys[(i + 1) % 3] + jnp.uint32(i)
+    return high, low
+
+
+def _rotate(word: Array, distance: int) -> Array:
+    return (word << distance) | (word >> (32 - distance))
