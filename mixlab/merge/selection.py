@@ -75,8 +75,9 @@ def kth_smallest(magnitudes: Leaves, k: ArrayLike) -> Array:
         return jnp.zeros(num_models, number)
 
     def as_words(name: str, x: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(number), word)
-        return bits.reshape(num_models, -1)
+        return jnp.stack(
+            [jax.lax.bitcast_convert_type(row.astype(number), word).reshape(-1) for row in x]
+        )
 
     words = magnitudes.map(as_words)
     clip = jnp.clip if isinstance(k, jax.Array) else np.clip
@@ -84,7 +85,12 @@ def kth_smallest(magnitudes: Leaves, k: ArrayLike) -> Array:
 
     def sweep(bracket: _Bracket) -> _Bracket:
         def count(name: str, x: Array) -> Array:
-            return _count_below(x, bracket.first, bracket.shift)
+            return jnp.stack(
+                [
+                    _count_below(row[None], bracket.first[i : i + 1], bracket.shift[i : i + 1])[0]
+                    for i, row in enumerate(x)
+                ]
+            )
 
         zero = jnp.zeros((num_models, _BINS - 1), jnp.uint32)
         return _narrow(bracket, words.total(count, zero), rank)
@@ -120,7 +126,7 @@ def _first_bracket(words: Leaves, rank: Array) -> _Bracket:
     """All that a float can be, and edges around the quantile of a sample."""
     stride, position, parts = max(1, words.size // _SAMPLE), 0, []
     for name, spec in words.specs.items():
-        parts.append(words.read(name)[:, -position % stride :: stride])
+        parts.append(jnp.stack([w[-position % stride :: stride] for w in words.read(name)]))
         position += int(np.prod(spec.shape))
     sample = jnp.sort(jnp.concatenate(parts, axis=1), axis=1)
     num = sample.shape[1]

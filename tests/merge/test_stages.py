@@ -51,7 +51,7 @@ def numbers(kind):
 @pytest.mark.parametrize(
     ("kind", "sweeps"),
     [
-        ("dense", 6),
+        ("dense", 7),
         ("smooth", 11),
         ("spikes", 19),
         ("few values", 8),
