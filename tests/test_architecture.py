@@ -30,19 +30,10 @@ MAY_IMPORT = {
     "report": {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
-    "bench": FOUNDATION | {"augment"},
+    "bench": FOUNDATION | {"augment", "merge"},
     "cli": FOUNDATION
-    | {
-        "agents",
-        "augment",
-        "bench",
-        "checkpoint",
-        "figures",
-        "gallery",
-        "merge",
-        "report",
-        "train",
-    },
+    | {"agents", "augment", "merge", "train", "report", "checkpoint"}
+    | {"figures", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
