@@ -1,7 +1,5 @@
 """Averages of the models' weights."""
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -236,11 +234,7 @@ def _check_decay(decay: ArrayLike) -> None:
 
 def _combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
     def merge(name: str, stacked: Array) -> Array:
-        weights = patterns.at(plan["weights"], name).astype(stacked.dtype)
-        # Term by term, which XLA fuses with the stacking into one pass; a contraction it does not.
-        return functools.reduce(
-            operator.add, [w * x for w, x in zip(weights, stacked, strict=True)]
-        )
+        return core.weighted_sum(patterns.at(plan["weights"], name), stacked)
 
     opened = core.open_models(models, base)
     return opened.write(opened.leaves.map(merge).read)

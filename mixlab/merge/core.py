@@ -6,6 +6,8 @@ memory-mapped files merge in the memory of one leaf, by the same code that merge
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -131,6 +133,56 @@ class Leaves:
         for name in self.specs:
             zero = zero + fn(name, self.read(name))
         return zero
+
+
+class Packing:
+    """Small leaves laid side by side, to be worked on as one.
+
+    Most leaves of most models are small, and a program takes as long to compile for them as for
+    large ones. Where what happens to an entry does not depend on its leaf, one will do for all.
+
+    Args:
+        specs: the leaves, by name.
+    """
+
+    _SMALL = 2**16
+
+    def __init__(self, specs: dict[str, LeafSpec]):
+        self.specs = specs
+        by_dtype: dict[str, list[str]] = {}
+        for name, spec in specs.items():
+            if np.prod(spec.shape) <= self._SMALL:
+                by_dtype.setdefault(str(spec.dtype), []).append(name)
+        self.groups = {names[0]: names for names in by_dtype.values() if len(names) > 1}
+
+    def pack(self, leaves: Leaves, stacked: bool = True) -> Leaves:
+        """Leaves of which each group is one, `[M, n]` or, not `stacked`, `[n]`, held in memory."""
+        start = leaves.num_models if stacked else 1
+
+        def joined(names: list[str]) -> Array:
+            flat = [leaves.read(name).reshape(start, -1) for name in names]
+            return jnp.concatenate(flat, axis=1)[0 if not stacked else slice(None)]
+
+        held = {name: joined(names) for name, names in self.groups.items()}
+        inside = {name for names in self.groups.values() for name in names}
+        specs = {
+            name: LeafSpec(held[name].shape[stacked:], spec.dtype) if name in held else spec
+            for name, spec in self.specs.items()
+            if name in held or name not in inside
+        }
+        return dataclasses.replace(
+            leaves, specs=specs, read=lambda name: held[name] if name in held else leaves.read(name)
+        )
+
+    def unpack(self, read: Callable[[str], Array]) -> Callable[[str], Array]:
+        """Reads leaves of one model by their own names, given how to read the packed ones."""
+        parts = {}
+        for first, names in self.groups.items():
+            sizes = [int(np.prod(self.specs[name].shape)) for name in names]
+            pieces = jnp.split(read(first), np.cumsum(sizes)[:-1])
+            for name, piece in zip(names, pieces, strict=True):
+                parts[name] = piece.reshape(self.specs[name].shape)
+        return lambda name: parts[name] if name in parts else read(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,9 +390,22 @@ def check_weights(weights: Any, *, signed: bool) -> None:
 
 def weighted_sum(weights: Array, stacked: Array) -> Array:
     """Sums over the leading axis, `[M]` and `[M, ...]` to `[...]`, in the dtype of `stacked`."""
-    # A contraction, so that rows of a mixing matrix vmapped over it become one matrix product;
-    # "highest" because accelerators would otherwise round the factors to bfloat16 or TF32.
-    return jnp.tensordot(weights.astype(stacked.dtype), stacked, axes=1, precision="highest")
+    weights = weights.astype(stacked.dtype)
+    return sum_models(each_model(operator.mul, stacked, weights))
+
+
+def each_model(fn: Callable[..., Array], *stacked: Any) -> Array:
+    """`fn` of what each model has, stacked: `[M, ...]`; takes `[M, ...]` or lists of M arrays.
+
+    XLA takes a row of a stack for what was stacked. So all that is done row by row becomes one
+    loop over the entries, and no stack is ever in memory; operations on whole stacks would be.
+    """
+    return jnp.stack([fn(*rows) for rows in zip(*map(list, stacked), strict=True)])
+
+
+def sum_models(stacked: Array) -> Array:
+    """The sum over the leading axis, row by row: XLA for CPUs does not vectorise it otherwise."""
+    return functools.reduce(operator.add, stacked)
 
 
 def check_pair(num_models: int, what: str) -> None:

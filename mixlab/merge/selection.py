@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.merge.core import Leaves
+from mixlab.merge.core import Leaves, Packing
 from mixlab.types import Array, ArrayLike
 
 _BINS = 8
@@ -25,8 +25,8 @@ _SAMPLE = 2**14
 """About how many entries of a model are sorted for the first guess."""
 _DEVIATIONS = 4.0
 """Half the width of a guess in standard deviations of what is guessed."""
-_SMALL = 2**12
-"""Leaves up to this size are counted in the way that compiles fast, others in the fast one."""
+_FEW = 2**12
+"""Up to so many entries are counted in the way that compiles fast, more in the fast one."""
 
 
 class _Bracket(NamedTuple):
@@ -79,7 +79,7 @@ def kth_smallest(magnitudes: Leaves, k: ArrayLike) -> Array:
             [jax.lax.bitcast_convert_type(row.astype(number), word).reshape(-1) for row in x]
         )
 
-    words = magnitudes.map(as_words)
+    words = Packing(magnitudes.specs).pack(magnitudes.map(as_words))
     clip = jnp.clip if isinstance(k, jax.Array) else np.clip
     rank = jnp.asarray(clip(k, 1, size) - 1, jnp.uint32)
 
@@ -192,7 +192,7 @@ def _bits(x: Array) -> int:
 @jax.jit
 def _count_below(words: Array, first: Array, shift: Array) -> Array:
     """How many of `words [M, n]` are below each edge, `[M, 7]`."""
-    num = words.shape[1] // 112 * 112 if words.shape[1] > _SMALL else 0
+    num = words.shape[1] // 112 * 112 if words.shape[1] > _FEW else 0
     edges = _edges(first, shift)[:, :, None]
     rest = jnp.sum(words[:, None, num:] < edges, axis=2, dtype=jnp.uint32)
     return rest + _count_many(words[:, :num], first[:, None], shift[:, None]) if num else rest

@@ -7,7 +7,6 @@ chains. A stage works on the task vectors `theta_m - theta_base` of one leaf at 
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,12 +42,15 @@ class Stage:
         measure: `(leaves of TaskVectors, key) -> plan`; map and add over leaves.
         apply: `(plan, name, TaskVectors) -> TaskVectors`, for the leaf `name`.
         reduces: whether it leaves one task vector of the M.
+        entrywise: whether what it does to an entry depends on the leaf in nothing but its values,
+            so that small leaves can be worked on as one.
     """
 
     name: str
     measure: Callable[[core.Leaves, Key | None], Plan]
     apply: Callable[[Plan, str, TaskVectors], TaskVectors]
     reduces: bool = False
+    entrywise: bool = False
 
 
 def chain(*stages: Stage) -> core.MergeMethod:
@@ -76,10 +78,21 @@ def chain(*stages: Stage) -> core.MergeMethod:
     if not any(stage.reduces for stage in stages):
         raise ValueError(f"a chain needs a reduce to make one model of M, got {names}")
 
-    def task_vectors(opened: core.Models, plan: Plan) -> core.Leaves:
-        """The task vectors after those stages that the plan has."""
+    entrywise = all(stage.entrywise for stage in stages)
+
+    def opened_leaves(
+        models: PyTree, base: PyTree | None
+    ) -> tuple[core.Models, core.Leaves, core.Leaves, core.Packing]:
+        opened = core.open_models(models, base)
         bases = core.with_base(opened, "a method on task vectors")
-        ones = core.per_model(None, opened.leaves.num_models)
+        packing = core.Packing(opened.leaves.specs if entrywise else {})
+        if not entrywise:
+            return opened, opened.leaves, bases, packing
+        return opened, packing.pack(opened.leaves), packing.pack(bases, stacked=False), packing
+
+    def task_vectors(leaves: core.Leaves, bases: core.Leaves, plan: Plan) -> core.Leaves:
+        """The task vectors after those stages that the plan has."""
+        ones = core.per_model(None, leaves.num_models)
 
         def start(name: str, stacked: Array) -> TaskVectors:
             rows = list(stacked)
@@ -87,30 +100,33 @@ def chain(*stages: Stage) -> core.MergeMethod:
                 # Otherwise the compiler keeps all task vectors from one sweep to the next.
                 rows, _ = jax.lax.optimization_barrier((rows, plan))
             origin = bases.read(name)
-            return TaskVectors(_each(lambda x: x - origin, rows), ones)
+            return TaskVectors(core.each_model(lambda x: x - origin, rows), ones)
 
         def apply(name: str, taus: TaskVectors) -> TaskVectors:
             for made, stage in zip(plan, stages, strict=False):
                 taus = stage.apply(plan[made], name, taus)
             return taus
 
-        leaves = opened.leaves.map(start).map(apply)
+        leaves = leaves.map(start).map(apply)
         reduced = any(stage.reduces for stage in stages[: len(plan)])
         return dataclasses.replace(leaves, num_models=1) if reduced else leaves
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
-        opened = core.open_models(models, base)
+        _, leaves, bases, _ = opened_leaves(models, base)
         plan: Plan = {}
         for i, (name, stage) in enumerate(zip(names, stages, strict=True)):
             stage_key = None if key is None else jax.random.fold_in(key, i)
-            plan = plan | {name: stage.measure(task_vectors(opened, plan), stage_key)}
+            plan = plan | {name: stage.measure(task_vectors(leaves, bases, plan), stage_key)}
         return plan
 
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
-        opened = core.open_models(models, base)
-        bases = core.with_base(opened, "a method on task vectors")
-        leaves = task_vectors(opened, {name: plan[name] for name in names})
-        return opened.write(lambda name: bases.read(name) + leaves.read(name).values[0])
+        opened, leaves, bases, packing = opened_leaves(models, base)
+        left = task_vectors(leaves, bases, {name: plan[name] for name in names})
+
+        def merged(name: str) -> Array:
+            return bases.read(name) + left.read(name).values[0]
+
+        return opened.write(packing.unpack(merged))
 
     return core.MergeMethod(measure, combine)
 
@@ -154,7 +170,7 @@ def trim(density: ArrayLike, *, scope: str = "model", exact: bool = False) -> St
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
         limit = plan["threshold"] if scope == "model" else plan["threshold"][name]
         if not exact:
-            kept = _each(
+            kept = core.each_model(
                 lambda x, low: jnp.where(jnp.abs(x).astype(low.dtype) >= low, x, 0),
                 taus.values,
                 limit,
@@ -165,7 +181,7 @@ def trim(density: ArrayLike, *, scope: str = "model", exact: bool = False) -> St
         keep = _reaches(magnitude, limit, count)
         return taus._replace(values=jnp.where(keep, taus.values, 0))
 
-    return Stage("trim", measure, apply)
+    return Stage("trim", measure, apply, entrywise=scope == "model")
 
 
 def band(density: ArrayLike, gamma: ArrayLike = 0.01) -> Stage:
@@ -383,10 +399,10 @@ def weigh(weights: ArrayLike | None, *, normalize: bool = False) -> Stage:
 
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
         w = plan["weights"]
-        weighted = _each(lambda x, w: x * w.astype(x.dtype), taus.values, w)
+        weighted = core.each_model(lambda x, w: x * w.astype(x.dtype), taus.values, w)
         return taus._replace(values=weighted, weights=taus.weights * w)
 
-    return Stage("weigh", measure, apply)
+    return Stage("weigh", measure, apply, entrywise=True)
 
 
 def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
@@ -413,12 +429,12 @@ def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
     def vote(norms: Array | None, name: str, values: Array) -> Array:
         core.check_real(name, values.dtype, "elect_sign")
         if norms is None:
-            return jnp.sign(_sum(values))
+            return jnp.sign(core.sum_models(values))
         # A task vector of zeros has no say; dividing it by 1 instead of 0 keeps it so.
         scale = core.along_models(jnp.where(norms > 0, norms, 1), values)
         shares = jnp.square(values / scale)
         if by == "normmass":
-            return jnp.sign(_sum(jnp.sign(values) * shares))
+            return jnp.sign(core.sum_models(jnp.sign(values) * shares))
         winner = jnp.argmax(shares, axis=0)[None]
         return jnp.sign(jnp.take_along_axis(values, winner, axis=0)[0])
 
@@ -443,10 +459,12 @@ def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
         sign = vote(plan["norms"], name, taus.values)
         sign = jnp.where(sign == 0, plan["undecided"].astype(sign.dtype), sign)
-        agreed = _each(lambda x: jnp.where(jnp.where(sign > 0, x > 0, x < 0), x, 0), taus.values)
+        agreed = core.each_model(
+            lambda x: jnp.where(jnp.where(sign > 0, x > 0, x < 0), x, 0), taus.values
+        )
         return taus._replace(values=agreed, sign=sign)
 
-    return Stage("elect_sign", measure, apply)
+    return Stage("elect_sign", measure, apply, entrywise=True)
 
 
 def reduce(how: str = "sum") -> Stage:
@@ -478,17 +496,17 @@ def reduce(how: str = "sum") -> Stage:
             if taus.sign is not None:
                 merged = jnp.abs(merged) * taus.sign
         else:
-            merged = _sum(values)[None]
+            merged = core.sum_models(values)[None]
         if how == "mean":
             # The magnitude of a weight is a model's say; its sign is in the value already.
-            says = _each(
+            says = core.each_model(
                 lambda x, w: jnp.where(x != 0, jnp.abs(w).astype(x.dtype), 0), values, taus.weights
             )
-            count = _sum(says)
+            count = core.sum_models(says)
             merged = merged / jnp.where(count > 0, count, 1)
         return TaskVectors(merged, core.per_model(None, 1))
 
-    return Stage("reduce", measure, apply, reduces=True)
+    return Stage("reduce", measure, apply, reduces=True, entrywise=True)
 
 
 def fuse() -> Stage:
@@ -532,25 +550,11 @@ def rescale(factor: ArrayLike) -> Stage:
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
         return taus._replace(values=taus.values * plan["factor"].astype(taus.values.dtype))
 
-    return Stage("rescale", measure, apply)
+    return Stage("rescale", measure, apply, entrywise=True)
 
 
 def _magnitude(name: str, taus: TaskVectors) -> Array:
-    return _each(jnp.abs, taus.values)
-
-
-def _each(fn: Callable[..., Array], *stacked: Any) -> Array:
-    """`fn` of each model's rows, stacked: `[M, ...]`.
-
-    XLA takes a row of a stack for what was stacked. So all that is done row by row becomes one
-    loop over the entries, and no stack is ever in memory; operations on whole stacks would be.
-    """
-    return jnp.stack([fn(*rows) for rows in zip(*map(list, stacked), strict=True)])
-
-
-def _sum(values: Array) -> Array:
-    """The sum over the models, one by one: XLA for CPUs does not vectorise a sum over rows."""
-    return functools.reduce(operator.add, values)
+    return core.each_model(jnp.abs, taus.values)
 
 
 def _larger(a: Array, b: Array) -> Array:
