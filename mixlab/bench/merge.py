@@ -4,8 +4,10 @@ The models are lists of dicts of arrays. FusionBench, mergekit and the code of T
 hard to install beside each other: what they do in a call is restated here, and labelled so.
 """
 
+import ctypes
 import dataclasses
 import functools
+import gc
 import itertools
 import os
 import pathlib
@@ -432,6 +434,8 @@ def print_peak(method: str, side: str) -> None:
         (peer,) = (peer for case in cases for peer in case.peers if peer.name == side)
         call = _theirs(peer, *inputs)
     del inputs
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the first call left would serve the second
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _resident("VmRSS")
     call()

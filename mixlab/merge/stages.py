@@ -451,7 +451,7 @@ def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
 
         def count(name: str, taus: TaskVectors) -> Array:
             # Wraps around only where one sign leads by 2^31 entries.
-            return jnp.sum(vote(norms, name, taus.values).astype(jnp.int32), dtype=jnp.int32)
+            return jnp.sum(vote(norms, name, taus.values).astype(jnp.int8), dtype=jnp.int32)
 
         majority = jnp.sign(leaves.total(count, jnp.zeros((), jnp.int32)))
         return {"norms": norms, "undecided": majority}

@@ -222,9 +222,7 @@ def twin(
 
         def merge(name: str, stacked: Array) -> Array:
             shared, rest = halves(plan, name, stacked, bases.read(name))
-            return shared + core.weighted_sum(
-                weights, _dense(exclusive(plan, name, rest), rest.shape)
-            )
+            return shared + _routed(weights, _dense(exclusive(plan, name, rest), rest.shape))
 
         num_samples = None if weights.ndim == 1 else len(weights)
         return found.write(found.leaves.map(merge).read, num_samples)
@@ -286,3 +284,9 @@ def _router(weights: ArrayLike | Sequence[float], num_models: int) -> Array:
         )
     core.check_finite(array, "router_weights")
     return array
+
+
+def _routed(weights: Array, stacked: Array) -> Array:
+    """Sums `[M, ...]` by weights `[M]` to `[...]`, or by `[B, M]` to `[B, ...]`."""
+    # "highest" because accelerators would otherwise round the factors to bfloat16 or TF32.
+    return jnp.tensordot(weights.astype(stacked.dtype), stacked, axes=1, precision="highest")
