@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -197,6 +198,87 @@ def calibration(points: dict[str, dict[str, np.ndarray]]) -> Figure:
         title = "mean ± deviation over seeds" if several else None
         figure.legend(loc="outside right center", title=title, fontsize=8, title_fontsize=8)
     return figure
+
+
+def landscape(
+    x: np.ndarray,
+    y: np.ndarray,
+    values: np.ndarray,
+    models: dict[str, tuple[float, float, float, float]],
+    marks: dict[str, tuple[float, float, float, float]],
+    label: str,
+) -> Figure:
+    """A map of a score over the plane of three models, with further models marked on it.
+
+    A dot has the colour of the model's own score, so one that lies off the plane may differ from
+    the map around it; the legend says how far off it lies.
+
+    Args:
+        x: [X], places along the horizontal axis.
+        y: [Y], along the vertical one.
+        values: [Y, X], the score; positive ones are coloured by their logarithm.
+        models: name -> (x, y, distance off the plane, score), of the three models.
+        marks: the same of the others.
+        label: what the score is called.
+    """
+    finite = np.isfinite(values)
+    scores = [spot[3] for spot in (*models.values(), *marks.values())]
+    low = min(values[finite].min(), *scores)
+    # Far from the models the score may be huge; the colours are for where the models are.
+    high = min(values[finite].max(), max(np.percentile(values[finite], 80), *scores))
+    is_positive = low > 0
+    levels = np.geomspace(low, high, 17) if is_positive else np.linspace(low, high, 17)
+    norm = (mpl.colors.LogNorm if is_positive else mpl.colors.Normalize)(low, high)
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(7.2, 4.4))
+        ax = figure.subplots()
+        shown = np.where(finite, values, high)
+        filled = ax.contourf(x, y, shown, levels, norm=norm, cmap="viridis_r", extend="both")
+        ax.contour(x, y, shown, levels[::2], colors="white", linewidths=0.5, alpha=0.6)
+        halo = [mpl.patheffects.withStroke(linewidth=2.2, foreground="white")]
+        corners = np.array([spot[:2] for spot in models.values()])
+        center = corners.mean(axis=0)
+        ax.add_patch(mpl.patches.Polygon(corners, fill=False, edgecolor="white", linewidth=0.8))
+        for name, (left, up, _, score) in models.items():
+            ax.scatter(left, up, s=90, c=[score], norm=norm, cmap="viridis_r", **_CORNER)
+            ax.annotate(
+                name,
+                (left, up),
+                xytext=(0, 11 if up >= center[1] else -11),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if up >= center[1] else "top",
+                fontweight="bold",
+                path_effects=halo,
+            )
+        size = float(np.ptp(corners, axis=0).max())
+        for number, (name, (left, up, off, score)) in enumerate(marks.items()):
+            away = "" if off < 1e-3 * size else f", {off:.2g} off the plane"
+            ax.scatter(
+                left,
+                up,
+                s=62,
+                c=[score],
+                norm=norm,
+                cmap="viridis_r",
+                marker="osDvP*Xph<>d"[number % 12],
+                edgecolor="black",
+                linewidth=1,
+                label=f"{name}: {score:.2f}{away}",
+                zorder=4,
+            )
+        ax.set(aspect="equal", xlabel="distance in weights", xlim=x[[0, -1]], ylim=y[[0, -1]])
+        ax.spines[:].set_visible(False)
+        bar = figure.colorbar(filled, ax=ax, shrink=0.9, label=label)
+        bar.ax.minorticks_off()
+        ticks = levels[::4]
+        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        if marks:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+_CORNER: Any = {"marker": "^", "edgecolor": "black", "linewidth": 1.2, "zorder": 4}
 
 
 def _mean_and_deviation(values: np.ndarray) -> tuple[Any, Any]:

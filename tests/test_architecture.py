@@ -27,10 +27,14 @@ MAY_IMPORT = {
     "progress": FOUNDATION,
     "checkpoint": FOUNDATION,
     "report": {"figures"},
+    "landscape": FOUNDATION | {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
+    "experts": FOUNDATION
+    | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
     "bench": FOUNDATION | {"augment"},
-    "cli": FOUNDATION | {"agents", "augment", "train", "report", "checkpoint", "gallery", "bench"},
+    "cli": FOUNDATION
+    | {"agents", "augment", "train", "experts", "report", "checkpoint", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
@@ -40,8 +44,8 @@ ONLY_IN = {
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
-    "matplotlib": {"figures", "gallery", "report"},
-    "ml_collections": {"experiment", "train", "cli"},
+    "matplotlib": {"figures", "gallery", "landscape", "report"},
+    "ml_collections": {"experiment", "experts", "train", "cli"},
 }
 
 
