@@ -29,11 +29,17 @@ from mixlab.types import Array, Key, PyTree
 
 Task = Callable[[Dataset], Dataset]
 
-Inputs = dict[str, Callable[[int], PyTree]]
-"""What a method may ask for beside the models, by the name of the argument, of a task's expert."""
+Inputs = dict[str, Callable[[Sequence[int]], PyTree]]
+"""What a method may ask for beside the models, by the name of the argument, of some experts."""
+
+Tester = Callable[[PyTree, Sequence["Examples"], Sequence[int]], np.ndarray]
+"""`test(model, examples of all tasks, group) -> [T]`: accuracies on the tasks of a group.
+
+In place of one model, a list of them has each tested on the task at its place in the group.
+"""
 
 _AFTER_TRAINING = (
-    "seeds data_dir download methods pair_methods measured_examples scales plane marks".split()
+    "seeds data_dir download methods pair_methods measured_examples scales plane marks plane_examples".split()
 )
 
 
@@ -47,13 +53,13 @@ def default_config() -> ConfigDict:
     config.test_split = "test"
     config.data_dir = config_dict.placeholder(str)
     config.download = True
-    config.validation = 0.2  # of the training split: held out to choose `scales` on
+    config.validation = 0.1  # of the training split: held out to choose `scales` on
     config.preprocess = "to_float"
     # Tasks: see TASKS. A task's accuracy is among its own classes, as if each had its own head.
     config.pretrain_task = "plain"
     config.tasks = ("rotated", "inverted", "permuted")
     # Model and training. Models with running statistics, such as BatchNorm's, are not accepted.
-    config.model = "mlp(hidden=(256, 256))"
+    config.model = "mlp(hidden=(512, 512))"
     config.optimizer = "adam(3e-4)"
     config.batch_size = 50
     config.pretrain_steps = 300
@@ -61,11 +67,12 @@ def default_config() -> ConfigDict:
     # Merging: see mixlab.merge.
     config.methods = tuple(name for name in merge.METHODS)
     config.pair_methods = ()  # run on every pair of experts
-    config.measured_examples = 200  # of each expert's training data: Fishers, Gram matrices
+    config.measured_examples = 100  # of each expert's training data: Fishers, Gram matrices
     config.scales = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
     # The picture: three tasks, and methods that are marked in the plane of their experts.
     config.plane = (0, 1, 2)
     config.marks = ("average", "task_arithmetic")
+    config.plane_examples = 100  # of each task's test examples
     return config
 
 
@@ -127,23 +134,25 @@ def parse_task(text: str) -> Task:
 
 
 class Examples(NamedTuple):
-    """Examples of one task or of several.
+    """Examples of one task, or of several.
 
     Attributes:
         images: float `[N, H, W, C]`.
         labels: int `[N]`.
         classes: bool `[N, K]`, the classes of the example's task.
-        task: int `[N]`, the task's number.
     """
 
     images: Array
     labels: Array
     classes: Array
-    task: Array
 
     def at(self, indices: Any) -> "Examples":
         """The examples at some indices."""
         return Examples(*(field[indices] for field in self))
+
+    def take(self, count: int) -> "Examples":
+        """The first `count` examples."""
+        return self.at(slice(count))
 
 
 class Setting(NamedTuple):
@@ -151,17 +160,17 @@ class Setting(NamedTuple):
 
     Attributes:
         plain: the examples that the base learns.
-        train: those of each task.
-        validation: those of all tasks that scales are chosen on; no model has learned them.
-        test: those of all tasks that the table shows.
+        train: those of each task that its expert learns.
+        validation: those of each task that scales are chosen on; no model has learned them.
+        test: those of each task that the table is made of.
         log_probs: `(params, examples) -> [N, K]`, among the classes of the example's task.
         init: `key -> params`.
     """
 
     plain: Examples
     train: list[Examples]
-    validation: Examples
-    test: Examples
+    validation: list[Examples]
+    test: list[Examples]
     log_probs: Callable[[PyTree, Examples], Array]
     init: Callable[[Key], PyTree]
 
@@ -267,19 +276,15 @@ def prepare(config: ConfigDict, seed: int) -> Setting:
     held_out, rest = train_set.subset(order[:count]), train_set.subset(order[count:])
     preprocess = augment.parse(config.preprocess)
 
-    def examples(dataset: Dataset, text: str, number: int) -> Examples:
-        dataset = parse_task(text)(dataset)
+    def examples(dataset: Dataset, task: str) -> Examples:
+        dataset = parse_task(task)(dataset)
         images = preprocess(jax.random.key(0), {"image": jnp.asarray(dataset.images)})["image"]
         own = np.isin(np.arange(dataset.num_classes), dataset.labels)
         return Examples(
             np.asarray(images),
             dataset.labels,
             np.broadcast_to(own, (len(dataset), dataset.num_classes)),
-            np.full(len(dataset), number, np.int32),
         )
-
-    def tasks(dataset: Dataset) -> list[Examples]:
-        return [examples(dataset, text, number) for number, text in enumerate(config.tasks)]
 
     model = models.parse(config.model, train_set.num_classes)
 
@@ -297,12 +302,12 @@ def prepare(config: ConfigDict, seed: int) -> Setting:
             )
         return params
 
-    plain = examples(rest, config.pretrain_task, -1)
+    plain = examples(rest, config.pretrain_task)
     return Setting(
         plain=plain,
-        train=tasks(rest),
-        validation=_joined(tasks(held_out)),
-        test=_joined(tasks(test_set)),
+        train=[examples(rest, task) for task in config.tasks],
+        validation=[examples(held_out, task) for task in config.tasks],
+        test=[examples(test_set, task) for task in config.tasks],
         log_probs=log_probs,
         init=init,
     )
@@ -332,7 +337,7 @@ def merge_by(
     method = merge.parse(text)
     # A method names what it measures beside the models among the arguments of its first half.
     asked = inspect.signature(method.measure).parameters
-    given = {name: [of(i) for i in group] for name, of in inputs.items() if name in asked}
+    given = {name: of(group) for name, of in inputs.items() if name in asked}
     merged = method([experts[i] for i in group], base=base, key=key, **given)
     stacked = jnp.ndim(jax.tree.leaves(merged)[0]) > jnp.ndim(jax.tree.leaves(base)[0])
     return trees.unstack(merged) if stacked else merged
@@ -348,7 +353,7 @@ def _draw_plane(
 ) -> None:
     """Draws the test loss in the plane of three experts, over their tasks, with merges marked."""
     group = tuple(config.plane)
-    chosen = setting.test.at(np.isin(setting.test.task, group))
+    chosen = _joined([setting.test[i].take(config.plane_examples) for i in group])
     marks = {
         text: merge_by(text, experts, base, jax.random.key(config.seeds[0]), inputs, group)
         for text in config.marks
@@ -431,31 +436,21 @@ def _inputs(config: ConfigDict, setting: Setting, experts: Sequence[PyTree]) -> 
 
     @functools.cache
     def fisher_of(i: int) -> PyTree:
-        examples = setting.train[i].at(slice(config.measured_examples))
+        examples = setting.train[i].take(config.measured_examples)
         # The expectation goes over the task's own classes.
         return fisher(experts[i], examples, np.flatnonzero(examples.classes[0]))
 
-    return {"fishers": fisher_of}
+    return {"fishers": lambda group: [fisher_of(i) for i in group]}
 
 
-def _tester(setting: Setting) -> Callable[[PyTree, Examples, Sequence[int]], np.ndarray]:
-    """`test(model or models, examples, tasks) -> [T]`: the accuracies on the tasks.
-
-    Of a list of models, each is tested on the task at its place.
-    """
-
+def _tester(setting: Setting) -> Tester:
     @jax.jit
     def accuracy(params: PyTree, examples: Examples) -> Array:
-        right = jnp.argmax(setting.log_probs(params, examples), -1) == examples.labels
-        ones = jnp.stack([right, jnp.ones_like(right)], axis=1).astype(jnp.float32)
-        sums = jax.ops.segment_sum(ones, examples.task, len(setting.train))
-        return sums[:, 0] / sums[:, 1]
+        return jnp.mean(jnp.argmax(setting.log_probs(params, examples), -1) == examples.labels)
 
-    def test(model: PyTree, examples: Examples, tasks: Sequence[int]) -> np.ndarray:
-        if isinstance(model, list):
-            own = [accuracy(one, examples)[i] for one, i in zip(model, tasks, strict=True)]
-            return np.array(own)
-        return np.asarray(accuracy(model, examples))[list(tasks)]
+    def test(model: PyTree, examples: Sequence[Examples], group: Sequence[int]) -> np.ndarray:
+        each = model if isinstance(model, list) else [model] * len(group)
+        return np.array([accuracy(m, examples[i]) for m, i in zip(each, group, strict=True)])
 
     return test
 
@@ -464,7 +459,7 @@ def _scaled(
     config: ConfigDict,
     text: str,
     seed: int,
-    test: Callable[[PyTree, Examples, Sequence[int]], np.ndarray],
+    test: Tester,
     setting: Setting,
     base: PyTree,
     model: PyTree | list[PyTree],

@@ -230,7 +230,10 @@ def landscape(
     levels = np.geomspace(low, high, 17) if is_positive else np.linspace(low, high, 17)
     norm = (mpl.colors.LogNorm if is_positive else mpl.colors.Normalize)(low, high)
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(7.2, 4.4))
+        # The map keeps its proportions, and the figure has room for it, the bar and the legend.
+        wide = 5.2 * min(1.0, np.ptp(x) / np.ptp(y))
+        size = wide + 1.3, wide * np.ptp(y) / np.ptp(x) + 0.7 + 0.2 * -(-len(marks) // 2)
+        figure = Figure(figsize=size)
         ax = figure.subplots()
         shown = np.where(finite, values, high)
         filled = ax.contourf(x, y, shown, levels, norm=norm, cmap="viridis_r", extend="both")
@@ -251,9 +254,9 @@ def landscape(
                 fontweight="bold",
                 path_effects=halo,
             )
-        size = float(np.ptp(corners, axis=0).max())
+        extent = float(np.ptp(corners, axis=0).max())
         for number, (name, (left, up, off, score)) in enumerate(marks.items()):
-            away = "" if off < 1e-3 * size else f", {off:.2g} off the plane"
+            away = "" if off < 1e-3 * extent else f" ({off:.2g} off the plane)"
             ax.scatter(
                 left,
                 up,
@@ -264,7 +267,7 @@ def landscape(
                 marker="osDvP*Xph<>d"[number % 12],
                 edgecolor="black",
                 linewidth=1,
-                label=f"{name}: {score:.2f}{away}",
+                label=f"{name}  {score:.2f}{away}",
                 zorder=4,
             )
         ax.set(aspect="equal", xlabel="distance in weights", xlim=x[[0, -1]], ylim=y[[0, -1]])
