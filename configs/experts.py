@@ -4,6 +4,60 @@ from ml_collections import ConfigDict
 
 from mixlab.experts import default_config
 
+METHODS = (
+    # Averages, by the models' weights alone and by what the models do with data.
+    "average",
+    "fisher",
+    "regmean",
+    "regmean_plus_plus",
+    "greedy_soup",
+    # Task vectors.
+    "task_arithmetic(scale=0.3)",
+    "ties(density=0.2, scale=1.0)",
+    "ties(density=0.2, scale=0.3, reduce='sum')",
+    "dare(density=0.1, scale=0.3)",
+    "della(density=0.3, epsilon=0.15)",
+    "breadcrumbs(density=0.2, gamma=0.01, scale=0.3)",
+    "magmax(scale=0.6)",
+    "sce(select_topk=1.0)",
+    "pcb(ratio=0.1)",
+    "ram",
+    "ram_plus",
+    "consensus(k=2, lam=0.4, scale=0.3)",
+    # Geometry and spectra.
+    "multislerp",
+    "karcher",
+    "model_stock",
+    "iso_c",
+    "iso_cts",
+    "tsv",
+    # Robust aggregation: rules against faulty models, of which there are none here.
+    "median",
+    "geometric_median",
+    "trimmed_mean(num_byzantine=1)",
+    "phocas(num_byzantine=1)",
+    "meamed(num_byzantine=1)",
+    "krum(num_byzantine=1)",
+    "multi_krum(num_byzantine=1)",
+    "mda(num_byzantine=1)",
+    "bulyan(num_byzantine=0)",
+    "centered_clipping(radius=1.0)",
+    "flag(rank=3)",
+    # A model for each task.
+    "emr",
+    "tall_masks(lam=0.4)",
+    "twin(density=0.1, scale=0.3)",
+)
+PAIR_METHODS = (
+    "interpolate(t=0.5)",
+    "slerp(t=0.5)",
+    "nuslerp(t=0.5)",
+    "nearswap(t=0.003)",
+    "arcee_fusion",
+)
+NOT_HERE = ("ema", "swa")
+"""Averages over the course of one training, not over experts."""
+
 
 def get_config(variant: str = "mnist5k") -> ConfigDict:
     if variant not in ("mnist5k", "cifar10"):
@@ -21,18 +75,23 @@ def get_config(variant: str = "mnist5k") -> ConfigDict:
         )
     else:
         config.train_split = "train[:40%]"
+        config.validation = 0.05
         config.test_split = "test[:20%]"
         config.preprocess = "normalize(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))"
         config.tasks = tuple(
             f"classes({a}, {b})" for a, b in ((0, 8), (1, 9), (2, 6), (3, 5), (4, 7))
         )
-        config.model = "cnn(features=(16, 32, 64), norm='group')"
-        config.optimizer = "adam(1e-3)"
+        config.model = "cnn(features=(8, 16, 32), norm='group')"
+        config.optimizer = "adam(3e-3)"
         config.pretrain_steps = 100
-        config.tune_steps = 300
-    config.methods = (
-        "average", "fisher", "task_arithmetic(0.3)", "ties(0.2, 1.0)", "ties(0.2, 0.3, reduce='sum')"
+        config.tune_steps = 200
+    config.methods = METHODS
+    config.pair_methods = PAIR_METHODS
+    config.marks = (
+        "average",
+        "task_arithmetic(scale=0.5)",
+        "ties(density=0.2, scale=1.0)",
+        "fisher",
+        "regmean",
     )
-    config.marks = ("average", "task_arithmetic(0.5)", "ties(0.2, 1.0)", "fisher")
-    config.pair_methods = ("average", "slerp(0.5)")
     return config

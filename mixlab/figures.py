@@ -274,7 +274,7 @@ def landscape(
         ax.spines[:].set_visible(False)
         bar = figure.colorbar(filled, ax=ax, shrink=0.9, label=label)
         bar.ax.minorticks_off()
-        ticks = levels[::4]
+        ticks = levels[::4].tolist()
         bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
         if marks:
             figure.legend(loc="outside lower center", ncols=2, fontsize=8)

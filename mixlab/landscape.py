@@ -128,8 +128,12 @@ def draw(
     """Draws what `measure` takes: a map of the score, the three models, and the marks upon it.
 
     Args:
-        score: see `measure`, as are models, marks, points and margin.
+        score: as for `measure`.
+        models: likewise.
+        marks: likewise.
         label: what the score is called.
+        points: as for `measure`.
+        margin: likewise.
     """
     found = measure(score, models, marks, points=points, margin=margin)
     return figures.landscape(*found, label=label)
