@@ -14,6 +14,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors.flax import load_file
 
 from mixlab import trees
 from mixlab.types import PyTree
@@ -160,6 +161,48 @@ class Checkpoints:
                 f"could not save a checkpoint in {self.folder}: {error}. Free some space or mend "
                 f"the folder and run the same command again; {rest}"
             ) from error
+
+
+def read_models(path: str | Path) -> list[PyTree]:
+    """The model of a file, or the agents of a run.
+
+    Args:
+        path: an `.npz` file of arrays by name, a `.safetensors` file, a folder that orbax wrote
+            (`StandardCheckpointer`), or the folder of a run, its `checkpoints`, or one of them;
+            of a run the newest checkpoint is read.
+
+    Returns:
+        One model, with NumPy leaves; of a run, the variables of each of its agents.
+
+    Raises:
+        ValueError: nothing there can be read; the message says what can.
+    """
+    path = Path(path).absolute()
+    known = "an .npz or .safetensors file, a checkpoint of orbax, or the folder of a run"
+    if not path.exists():
+        raise ValueError(f"there is no {path}; give {known}")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return [dict(arrays)]
+    if path.suffix == ".safetensors":
+        return [{name: np.asarray(x) for name, x in load_file(path).items()}]
+    if not path.is_dir():
+        raise ValueError(f"{path} is no model; give {known}")
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    steps = [p for p in path.glob("step_*") if (p / "state").is_dir()]
+    if steps:
+        path = max(steps, key=lambda p: int(p.name.removeprefix("step_")))
+    is_run = (path / "state").is_dir()
+    if (path / "runs").is_dir():
+        runs = ", ".join(sorted(p.name for p in (path / "runs").iterdir()))
+        raise ValueError(f"{path} holds several runs; give one of {path / 'runs'}: {runs}")
+    try:
+        tree = ocp.StandardCheckpointer().restore(path / "state" if is_run else path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{path} is no model; give {known} ({error})") from error
+    tree = jax.tree.map(np.asarray, tree)
+    return trees.unstack(tree[0]["variables"]) if is_run else [tree]
 
 
 class _Mismatch(Exception):

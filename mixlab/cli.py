@@ -1,17 +1,20 @@
-"""The command `mixlab`: its subcommands `train`, `experts`, `report`, `gallery` and `bench`."""
+"""The command `mixlab`: `train`, `experts`, `report`, `diff`, `gallery` and `bench`."""
 
 import argparse
+import fnmatch
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mixlab import agents, spec
+from mixlab import agents, spec, trees
+from mixlab.types import PyTree
 
 USAGE = """\
 usage: mixlab COMMAND ...
@@ -26,6 +29,10 @@ usage: mixlab COMMAND ...
                    --config.methods="('average', 'ties(density=0.1)')"
   mixlab report DIR
       Writes the report of a workdir again: report.md, results.csv, figures.
+  mixlab diff MODEL [MODEL ...] [--base MODEL] [--merged MODEL] [--figure FILE] [--json FILE]
+      Tells leaf by leaf how far models moved from their base and where they agree. A MODEL is an
+      .npz or .safetensors file, a checkpoint of orbax, or a run's folder, with one an agent.
+      For example: mixlab diff runs/quickstart/runs/iid-wa --figure agreement.png
   mixlab gallery [AUGMENTATION ...] [--data NAME] [--out FILE]
       Draws all augmentations on one sheet, or those that are given in detail.
       For example: mixlab gallery "cutmix(alpha=1.0)" "randaugment | mixup" --data folder:photos
@@ -44,6 +51,7 @@ def main() -> None:
         "train": _train,
         "experts": _experts,
         "report": _report,
+        "diff": _diff,
         "gallery": _gallery,
         "bench": _bench,
     }
@@ -133,6 +141,62 @@ def _report(arguments: Sequence[str]) -> None:
         report.show(report.write(arguments[0]))
     except (ValueError, OSError) as error:
         _fail(str(error), 1)
+
+
+def _diff(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("mixlab diff", description="Compares models, leaf by leaf.")
+    add = parser.add_argument
+    add("models", nargs="+", help="files, orbax checkpoints, or runs (one model an agent)")
+    add("--base", help="the model that they were fine-tuned from")
+    add("--merged", help="what became of them")
+    add("--leaves", default="*", help="only leaves of this name, e.g. 'params/*' (*)")
+    add("--on-mismatch", default="error", help="error, base, fill or overlap (error)")
+    add("--figure", help="draws the agreement by leaf, or layer, to a .png, .pdf or .svg file")
+    add("--json", help="writes all figures to this file")
+    given = parser.parse_args(arguments)
+
+    from mixlab import checkpoint, figures, merge
+
+    def read(path: str) -> list[PyTree]:
+        models = checkpoint.read_models(path)
+        return [_only(model, given.leaves) for model in models]
+
+    def read_one(path: str | None) -> PyTree | None:
+        if path is None:
+            return None
+        model, *others = read(path)
+        if others:
+            raise ValueError(f"{path} holds {len(others) + 1} agents, but one model is wanted")
+        return model
+
+    try:
+        models = [model for path in given.models for model in read(path)]
+        matched = merge.reconcile(models, read_one(given.base), given.on_mismatch)
+        report = merge.report(
+            matched.models,
+            base=matched.base,
+            merged=read_one(given.merged),
+            notes=matched.notes,
+        )
+        print(merge.table(report))
+        if given.json:
+            with open(given.json, "w") as file:
+                json.dump(report, file, indent=1)
+            print(f"\nwrote {given.json}")
+        if given.figure:
+            figures.agreement(report).savefig(given.figure)
+            print(f"\nwrote {given.figure}")
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        _fail(str(error), 1)
+
+
+def _only(model: PyTree, pattern: str) -> dict[str, Any]:
+    """The leaves whose names match, by name."""
+    kept = {name: x for name, x in trees.named_leaves(model) if fnmatch.fnmatch(name, pattern)}
+    if not kept:
+        names = [name for name, _ in trees.named_leaves(model)]
+        raise ValueError(f"no leaf matches {pattern!r}; there are {', '.join(names[:8])} ...")
+    return kept
 
 
 def _gallery(arguments: Sequence[str]) -> None:

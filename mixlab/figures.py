@@ -284,6 +284,63 @@ def landscape(
 _CORNER: Any = {"marker": "^", "edgecolor": "black", "linewidth": 1.2, "zorder": 4}
 
 
+def agreement(report: dict[str, Any], *, rows: int = 40) -> Figure:
+    """Where models agree: sign conflicts, cosines and norms of their task vectors by leaf.
+
+    Args:
+        report: of `mixlab.merge.report`.
+        rows: of more leaves than this the figure shows layers, what lies under one name: shares
+            and cosines averaged by size, and the norm of the whole layer.
+
+    Raises:
+        ValueError: the report has no leaf that was merged.
+    """
+    leaves = report["leaves"]
+    if not leaves:
+        raise ValueError("the report has no leaf that was merged, so there is nothing to draw")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, numbers in leaves.items():
+        title = name if len(leaves) <= rows else name.rpartition("/")[0] or name
+        groups.setdefault(title, []).append(numbers)
+    above = np.triu_indices(report["models"], 1)
+    conflicts, cosines, norms = [], [], []
+    for members in groups.values():
+        sizes = np.array([max(numbers["size"], 1) for numbers in members], float)
+        shares = sizes / sizes.sum()
+        conflicts.append(100 * np.dot(shares, [numbers["conflict"] for numbers in members]))
+        pairs = np.array([np.asarray(numbers["cosine"])[above] for numbers in members])
+        cosines.append(shares @ pairs)
+        norms.append(np.sqrt(np.sum(np.square([numbers["norm"] for numbers in members]), axis=0)))
+    place = np.arange(len(groups))
+    titles = [title if len(title) <= 36 else "…" + title[-35:] for title in groups]
+    with mpl.rc_context({**_STYLE, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(8.0, 1.1 + 0.2 * len(groups)))
+        conflict, cosine, norm = figure.subplots(1, 3, sharey=True)
+        conflict.barh(place, conflicts, color=ORANGE, height=0.7)
+        conflict.set(xlim=(0, 100), title="sign conflicts", xlabel="% of the entries")
+        conflict.set_yticks(place, labels=titles)
+        conflict.set_axisbelow(True)
+        conflict.set_ylim(len(groups) - 0.4, -0.6)
+        if len(above[0]):
+            pairs = np.array(cosines)
+            spots = np.repeat(place, pairs.shape[1])
+            cosine.scatter(pairs.ravel(), spots, s=9, color=SKY, linewidth=0)
+            cosine.scatter(pairs.mean(axis=1), place, s=30, color=BLUE, marker="|", linewidth=1.6)
+        cosine.axvline(0, color="#888888", linewidth=0.8)
+        low = min(0.0, float(np.min(cosines, initial=0.0)))
+        cosine.set(xlim=(low - 0.05, 1.05), title="cosine", xlabel="each pair, and their mean")
+        values = np.array(norms)
+        for model in range(report["models"]):
+            color = CYCLE[1:][model % (len(CYCLE) - 1)]
+            norm.scatter(values[:, model], place, s=9, color=color, linewidth=0)
+        positive = values[values > 0]
+        if positive.size and positive.max() > 30 * positive.min():
+            norm.set_xscale("log")
+        norm.set(title="norm", xlabel="each model")
+        norm.grid(visible=False, which="minor")
+    return figure
+
+
 def _mean_and_deviation(values: np.ndarray) -> tuple[Any, Any]:
     """Mean and sample standard deviation over the leading axis; 0 for a single value."""
     spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])

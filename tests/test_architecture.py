@@ -11,11 +11,12 @@ ROOT = pathlib.Path(__file__).parents[1] / "mixlab"
 FILES = sorted(ROOT.rglob("*.py"))
 
 # package or module -> what of mixlab it may import besides itself
-FOUNDATION = {"types", "trees", "spec"}
+FOUNDATION = {"types", "trees", "spec", "random"}
 MAY_IMPORT = {
     "types": set(),
     "trees": {"types"},
     "spec": set(),
+    "random": {"types"},
     "augment": FOUNDATION,
     "merge": FOUNDATION,
     "align": FOUNDATION,
@@ -34,16 +35,29 @@ MAY_IMPORT = {
     | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
     "bench": FOUNDATION | {"augment"},
     "cli": FOUNDATION
-    | {"agents", "augment", "train", "experts", "report", "checkpoint", "gallery", "bench"},
+    | {
+        "agents",
+        "augment",
+        "bench",
+        "checkpoint",
+        "experts",
+        "figures",
+        "gallery",
+        "merge",
+        "report",
+        "train",
+    },
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
 # Heavy or special packages, and the only places that may name them.
 ONLY_IN = {
-    "flax": {"models", "augment"},  # augment.manifold, when it runs a Linen module
+    # augment.manifold and merge.grams, when they run a Linen module
+    "flax": {"models", "augment", "merge"},
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
+    "safetensors": {"checkpoint"},
     "matplotlib": {"figures", "gallery", "landscape", "report"},
     "ml_collections": {"experiment", "experts", "train", "cli"},
 }

@@ -33,7 +33,14 @@ def tiny_config(**fields):
         tune_steps=40,
         measured_examples=4,
         seeds=(0, 1),
-        methods=("average", "task_arithmetic(scale=0.3)", "fisher", "regmean", "emr", "greedy_soup"),
+        methods=(
+            "average",
+            "task_arithmetic(scale=0.3)",
+            "fisher",
+            "regmean",
+            "emr",
+            "greedy_soup",
+        ),
         pair_methods=("slerp",),
         scales=(0.5, 1.0),
         marks=("average",),
@@ -69,7 +76,9 @@ def test_experts_know_their_own_task_and_merges_are_tested_on_all(done):
     # Twice three pairs, each on its own two tasks.
     pairs = rows(done.parent / "pairs.csv")
     assert len(pairs) == 2 * 3 * 2
-    assert all(sum(row[t] != "" for t in ("rotated", "inverted", "classes(0, 1, 2)")) == 2 for row in pairs)
+    assert all(
+        sum(row[t] != "" for t in ("rotated", "inverted", "classes(0, 1, 2)")) == 2 for row in pairs
+    )
 
 
 def test_the_report_has_a_row_a_method(done):

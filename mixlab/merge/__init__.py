@@ -8,48 +8,231 @@ Every method is a function of its hyper-parameters that returns a `MergeMethod`:
 A method has two halves, `measure` (decide) and `combine` (apply, leaf by leaf). Methods on task
 vectors are chains of stages: `merge.chain(merge.trim(0.2), merge.reduce("mean"))`. Integer, bool
 and None leaves are copied from the base, never averaged; `merge.report` tells which.
+
+`emr` and `tall_masks` give a model for each that goes in, stacked along a leading axis M, and
+`twin` merges by a router's weights. `merge.compress` keeps what they need of the M models, and
+`merge.save_compressed` and `merge.load_compressed` keep that in a file.
 """
 
 from mixlab import spec
-from mixlab.merge.averaging import average, interpolate
+from mixlab.merge.adapters import apply_lora, extract_lora, merge_lora
+from mixlab.merge.averaging import average, ema, interpolate, running_average, swa
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
+from mixlab.merge.flag_aggregator import flag
+from mixlab.merge.patterns import by_depth
+from mixlab.merge.regression import grams, regmean, regmean_plus_plus
 from mixlab.merge.reports import report, table
+from mixlab.merge.robust import (
+    bulyan,
+    centered_clipping,
+    geometric_median,
+    krum,
+    mda,
+    meamed,
+    median,
+    multi_krum,
+    phocas,
+    trimmed_mean,
+)
+from mixlab.merge.rules import reconcile
+from mixlab.merge.soups import greedy_soup
+from mixlab.merge.spectral import iso_c, iso_cts, tsv
+from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
+from mixlab.merge.stages import (
+    Stage,
+    TaskVectors,
+    band,
+    chain,
+    drop,
+    elect_sign,
+    fuse,
+    mask,
+    reduce,
+    rescale,
+    select,
+    trim,
+    weigh,
+)
+from mixlab.merge.stock import model_stock
+from mixlab.merge.task_vectors import (
+    breadcrumbs,
+    dare,
+    della,
+    magmax,
+    sce,
+    task_arithmetic,
+    ties,
+)
+from mixlab.merge.averaging import average, interpolate
+from mixlab.merge.balancing import balance, pcb
+from mixlab.merge.compression import (
+    CompressedMasks,
+    compress,
+    compressed_sizes,
+    load_compressed,
+    save_compressed,
+)
+from mixlab.merge.core import MergeMethod
+from mixlab.merge.curvature import diagonal_fisher, fisher
+from mixlab.merge.masks import MaskedVector, MaskMethod, consensus, emr, tall_masks
+from mixlab.merge.reports import report, table
+from mixlab.merge.selective import arcee_fusion, nearswap, ram, ram_plus, reinforce, threshold
 from mixlab.merge.spherical import slerp
 from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
 from mixlab.merge.task_vectors import task_arithmetic, ties
+from mixlab.merge.twin import CompressedTwin, TwinMethod, twin
 
 __all__ = [
     "METHODS",
     "STAGES",
+    "CompressedMasks",
+    "CompressedTwin",
+    "MaskMethod",
+    "MaskedVector",
     "MergeMethod",
     "Stage",
     "TaskVectors",
+    "apply_lora",
     "average",
+    "band",
+    "breadcrumbs",
+    "bulyan",
+    "by_depth",
+    "centered_clipping",
     "chain",
+    "dare",
+    "della",
+    "TwinMethod",
+    "arcee_fusion",
+    "average",
+    "balance",
+    "chain",
+    "compress",
+    "compressed_sizes",
+    "consensus",
     "diagonal_fisher",
+    "drop",
     "elect_sign",
+    "ema",
+    "extract_lora",
+    "emr",
     "fisher",
+    "flag",
+    "fuse",
+    "geometric_median",
+    "grams",
+    "greedy_soup",
     "interpolate",
+    "iso_c",
+    "iso_cts",
+    "karcher",
+    "krum",
+    "magmax",
+    "mask",
+    "mda",
+    "meamed",
+    "median",
+    "merge_lora",
+    "model_stock",
+    "multi_krum",
+    "multislerp",
+    "nuslerp",
     "parse",
+    "phocas",
+    "reconcile",
     "reduce",
+    "regmean",
+    "regmean_plus_plus",
     "report",
     "rescale",
+    "running_average",
+    "sce",
+    "select",
+    "load_compressed",
+    "nearswap",
+    "parse",
+    "pcb",
+    "ram",
+    "ram_plus",
+    "reduce",
+    "reinforce",
+    "report",
+    "rescale",
+    "save_compressed",
     "slerp",
+    "swa",
     "table",
+    "tall_masks",
     "task_arithmetic",
+    "threshold",
     "ties",
     "trim",
+    "trimmed_mean",
+    "tsv",
+    "twin",
     "weigh",
 ]
 
 METHODS = {
     method.__name__: method
-    for method in (average, fisher, interpolate, slerp, task_arithmetic, ties)
+    for method in (
+        average,
+        breadcrumbs,
+        bulyan,
+        centered_clipping,
+        dare,
+        della,
+        ema,
+        fisher,
+        flag,
+        geometric_median,
+        interpolate,
+        iso_c,
+        iso_cts,
+        karcher,
+        krum,
+        magmax,
+        mda,
+        meamed,
+        median,
+        model_stock,
+        multi_krum,
+        multislerp,
+        nuslerp,
+        phocas,
+        regmean,
+        sce,
+        slerp,
+        swa,
+        task_arithmetic,
+        ties,
+        trimmed_mean,
+        tsv,
+        arcee_fusion,
+        average,
+        consensus,
+        emr,
+        fisher,
+        interpolate,
+        nearswap,
+        pcb,
+        ram,
+        ram_plus,
+        slerp,
+        tall_masks,
+        task_arithmetic,
+        ties,
+        twin,
+    )
 }
 """Every method by its name: what `parse` knows and what the tests run through."""
 
-STAGES = {stage.__name__: stage for stage in (elect_sign, reduce, rescale, trim, weigh)}
+STAGES = {
+    stage.__name__: stage
+    for stage in (band, drop, elect_sign, fuse, mask, reduce, rescale, select, trim, weigh)
+    for stage in (balance, elect_sign, reduce, reinforce, rescale, threshold, trim, weigh)
+}
 """Every stage by its name."""
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
+from mixlab.merge import rules
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 
@@ -26,11 +27,18 @@ class MergeMethod:
     `combine(plan, models, base) -> params` applies them leaf by leaf: on a tree that holds some of
     the leaves, under the same names, it gives those leaves of the merged model.
 
-    Both are pure and run under `jit` and `vmap`; `jax.jit(method)` works.
+    Both are pure and run under `jit` and `vmap`; `jax.jit(method)` works. They take models that
+    agree; the call takes care of those that do not, and of tied leaves, see `reconcile`.
+
+    Attributes:
+        measure: the decisions.
+        combine: their application.
+        per_model: whether a model comes out for each that goes in, stacked `[M, ...]`.
     """
 
     measure: Callable[..., Plan]
     combine: Callable[..., PyTree]
+    per_model: bool = dataclasses.field(default=False, kw_only=True)
 
     def __call__(
         self,
@@ -38,8 +46,10 @@ class MergeMethod:
         *,
         base: PyTree | None = None,
         key: Key | None = None,
+        on_mismatch: str = "error",
+        report: bool = False,
         **inputs: Any,
-    ) -> PyTree:
+    ) -> Any:
         """Merges.
 
         Args:
@@ -49,16 +59,36 @@ class MergeMethod:
                 integer, bool and None leaves are the ones that the merged model gets; without a
                 base they come from the first model.
             key: a PRNG key, where the method draws.
+            on_mismatch: what becomes of leaves that a model lacks or that differ in shape:
+                `"error"`, or `"base"`, `"fill"` or `"overlap"`, see `reconcile`.
+            report: give the report of `merge.report` too, with what `on_mismatch` did; not under
+                `jit`.
             **inputs: what else the method measures, e.g. `fishers=`.
 
         Returns:
-            The merged model: structure, shapes and dtypes of one model.
+            The merged model: structure, shapes and dtypes of one model; with `report` the pair
+            `(merged, report)`.
 
         Raises:
             ValueError: the models or the base do not match; the message names the leaf.
             TypeError: an input that the method does not take.
         """
-        return self.combine(self.measure(models, base, key, **inputs), models, base)
+        given = rules.reconcile(models, base, on_mismatch)
+        plan = self.measure(given.models, given.base, key, **inputs)
+        merged = self.combine(plan, given.models, given.base)
+        num_models = open_models(given.models).leaves.num_models if self.per_model else None
+        whole = given.restore(merged, num_models)
+        if not report:
+            return whole
+        from mixlab.merge import reports  # it stands on this module
+
+        return whole, reports.report(
+            given.models,
+            base=given.base,
+            merged=merged,
+            per_model=self.per_model,
+            notes=given.notes,
+        )
 
 
 class LeafSpec(NamedTuple):

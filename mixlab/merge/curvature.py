@@ -1,10 +1,12 @@
 """Merging weighted by curvature: what a model is sure of counts more."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixlab import trees
 from mixlab.merge import core
@@ -62,7 +64,8 @@ def fisher(
         if normalize:
 
             def squares(name: str, fisher: Array) -> Array:
-                return jnp.sum(jnp.square(fisher.reshape(leaves.num_models, -1)), 1).astype(float)
+                each = range(leaves.num_models)
+                return jnp.stack([jnp.sum(jnp.square(fisher[m])) for m in each]).astype(float)
 
             norms = jnp.sqrt(given.total(squares, jnp.zeros(leaves.num_models, float)))
             if not isinstance(norms, jax.core.Tracer) and not jnp.all(norms > 0):
@@ -81,20 +84,22 @@ def fisher(
         given = _open_fishers(plan["fishers"], opened.leaves)
         coefficients = plan["coefficients"] / jnp.sum(plan["coefficients"])
 
+        def raised(m: int, information: Array) -> Array:
+            if floor_mode == "add":
+                return information + floor
+            return jnp.maximum(information, floor) if floor_mode == "max" or m == 0 else information
+
         def merge(name: str, stacked: Array) -> Array:
             core.check_real(name, stacked.dtype, "fisher")
             information = given.read(name)
-            if floor_mode == "add":
-                information = information + floor
-            elif floor_mode == "max":
-                information = jnp.maximum(information, floor)
-            else:
-                information = information.at[0].max(floor)
-            shares = information * core.along_models(coefficients, stacked)
-            total = jnp.sum(shares, axis=0)
-            plain = core.along_models(coefficients, stacked)
-            shares = jnp.where(total > 0, shares / jnp.where(total > 0, total, 1), plain)
-            return jnp.sum(shares * stacked, axis=0)
+            # Model by model, so that under jit one loop reads every leaf once and stacks nothing.
+            plain, above, below = jnp.zeros((3, *stacked.shape[1:]), stacked.dtype)
+            for m in range(opened.leaves.num_models):
+                coefficient = coefficients[m].astype(stacked.dtype)
+                share = coefficient * raised(m, information[m])
+                plain = plain + coefficient * stacked[m]
+                above, below = above + share * stacked[m], below + share
+            return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), plain)
 
         return opened.write(opened.leaves.map(merge).read)
 
@@ -104,24 +109,32 @@ def fisher(
 def diagonal_fisher(
     log_probs_fn: Callable[[PyTree, Any], Array],
     params: PyTree,
-    inputs: PyTree,
+    inputs: Any,
     *,
     labels: str | ArrayLike = "exact",
     key: Key | None = None,
+    at_once: int = 32,
 ) -> PyTree:
     """The diagonal of a classifier's Fisher information.
 
-    `F = mean_x E_y (d log p(y | x) / d theta)^2`, example by example, so that it does not depend
-    on any batching. One gradient is held at a time, whatever the number of examples and classes.
+    `F = mean_x E_y (d log p(y | x) / d theta)^2`, with a gradient of its own for every example,
+    so that it does not depend on how the examples come in batches. The loop over the examples
+    runs on the host, since convolutions inside of a compiled loop are slow on CPUs: call it as
+    it is, as under `jit` the loop is unrolled.
 
     Args:
-        log_probs_fn: `(params, inputs [B, ...]) -> log p [B, K]`; it is called with B = 1.
+        log_probs_fn: `(params, inputs [B, ...]) -> log p [B, K]`; it is called with B = 1, and
+            compiles once as long as the same function is given.
         params: the model; only its floating leaves are differentiated.
-        inputs: an array `[N, ...]`, or a tree of such arrays, N at least 1.
+        inputs: an array `[N, ...]`, or a tree of such arrays, N at least 1; or an iterator of
+            them, e.g. `iter(loader)`, for data that do not fit in memory.
         labels: whose expectation is taken. `"exact"`: over all K classes under the model's own
-            `p(y | x)`; `"sampled"`: one class an example, drawn from it (needs `key`); an integer
-            array `[N]`: the given labels (the "empirical" Fisher, which is not the Fisher).
+            `p(y | x)`; `"sampled"`: one class an example, drawn from it (needs `key`);
+            `"empirical"`: the given labels, which is not the Fisher: what is given, or what the
+            iterator yields, is then a pair `(inputs, labels [N])`. An integer array `[N]` is
+            short for `"empirical"` with these labels.
         key: a PRNG key for `"sampled"`.
+        at_once: how many gradients are computed at a time and held in memory, at least 1.
 
     Returns:
         A tree like `params`, in float32 or wider; leaves that are not floating are zeros, and
@@ -134,75 +147,108 @@ def diagonal_fisher(
     Source: Matena and Raffel 2022, "Merging Models with Fisher-Weighted Averaging", section 3.1;
     Kunstner et al. 2019, "Limitations of the empirical Fisher", on the third mode.
     """
-    num_inputs = trees.leading_size(inputs)
-    if num_inputs == 0:
+    if not isinstance(labels, str):
+        inputs, labels = (inputs, labels), "empirical"
+    core.check_choice(labels, "labels", ("exact", "sampled", "empirical"))
+    core.check_finite(at_once, "at_once", 1)
+    if labels == "sampled" and key is None:
+        raise ValueError('labels="sampled" draws a class for each input: give a key=')
+    total = {}
+    for name, leaf in trees.named_leaves(params):
+        if trees.is_inexact(leaf):
+            core.check_real(name, jnp.result_type(leaf), "diagonal_fisher")
+            total[name] = jnp.zeros(jnp.shape(leaf), core.wide(jnp.result_type(leaf)))
+    num_seen = 0
+    for batch in inputs if isinstance(inputs, Iterator) else (inputs,):
+        x, given = batch if labels == "empirical" else (batch, None)
+        num_inputs = trees.leading_size(x)
+        if num_inputs == 0:
+            continue
+        x = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), x)
+        one = jax.tree.map(lambda leaf: leaf[:1], x)
+        shape = jax.eval_shape(log_probs_fn, params, one).shape
+        if len(shape) != 2:
+            raise ValueError(f"log_probs_fn must return log p of shape [B, K], got {shape}")
+        given = None if given is None else _check_labels(given, num_inputs, shape[1])
+        classes = np.arange(shape[1] if labels == "exact" else 1)[:at_once]
+        size = min(at_once // len(classes), num_inputs)
+        for start in range(0, num_inputs, size):
+            # What is beyond the end is the last example again, and does not count.
+            rows = start + np.arange(size)
+            at = np.minimum(rows, num_inputs - 1)
+            part = jax.tree.map(lambda leaf: leaf[at], x)  # noqa: B023
+            examples = (
+                part,
+                num_seen + rows,
+                rows < num_inputs,
+                None if given is None else given[at],
+            )
+            for low in range(0, shape[1] if labels == "exact" else 1, len(classes)):
+                total = _add_squares(
+                    log_probs_fn, labels, params, total, examples, low + classes, key
+                )
+        num_seen += num_inputs
+    if num_seen == 0:
         raise ValueError("inputs must be [N, ...] with N at least 1, got N = 0")
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    named = trees.named_leaves(params)
-    moving = {name: jnp.asarray(leaf) for name, leaf in named if trees.is_inexact(leaf)}
-    for name, leaf in moving.items():
-        core.check_real(name, leaf.dtype, "diagonal_fisher")
-
-    def log_probs(moving: dict[str, Array], i: ArrayLike) -> Array:
-        whole = trees.map_named(lambda name, leaf: moving.get(name, leaf), params)
-        return log_probs_fn(whole, jax.tree.map(lambda x: x[i][None], inputs))[0]
-
-    shape = jax.eval_shape(log_probs, moving, 0).shape
-    if len(shape) != 1:
-        raise ValueError(f"log_probs_fn must return log p of shape [B, K], got {(1, *shape)}")
-    classes_of = _votes(labels, key, num_inputs, shape[0])
-
-    def add_example(total: dict[str, Array], i: Array) -> tuple[dict[str, Array], None]:
-        values, pull = jax.vjp(lambda moving: log_probs(moving, i), moving)
-
-        def add_class(total: dict[str, Array], vote: tuple[Array, Array]) -> Any:
-            label, weight = vote
-            (gradient,) = pull(jax.nn.one_hot(label, shape[0], dtype=values.dtype))
-
-            def add(name: str, so_far: Array) -> Array:
-                wide = gradient[name].astype(so_far.dtype)
-                return so_far + jnp.square(wide) * weight.astype(so_far.dtype)
-
-            return {name: add(name, so_far) for name, so_far in total.items()}, None
-
-        return jax.lax.scan(add_class, total, classes_of(i, values))
-
-    zeros = {name: jnp.zeros(x.shape, core.wide(x.dtype)) for name, x in moving.items()}
-    total, _ = jax.lax.scan(add_example, zeros, jnp.arange(num_inputs))
 
     def leaf_of(name: str, leaf: Array | None) -> Array | None:
         if name in total:
-            return total[name] / num_inputs
+            return total[name] / num_seen
         return None if leaf is None else jnp.zeros_like(leaf)
 
     return trees.map_named(leaf_of, params)
 
 
-def _votes(
-    labels: str | ArrayLike, key: Key | None, num_inputs: int, num_classes: int
-) -> Callable[[Array, Array], tuple[Array, Array]]:
-    """`(i, log p [K]) -> (classes, weights)`: over which classes the i-th expectation goes."""
-    if not isinstance(labels, str):
-        given = jnp.asarray(labels)
-        if given.shape != (num_inputs,):
-            raise ValueError(
-                f"labels must be one for each of {num_inputs} inputs, got {given.shape}"
-            )
-        if not jnp.issubdtype(given.dtype, jnp.integer):
-            raise TypeError(f"labels must be integers, got {given.dtype}")
-        core.check_finite(given, "labels", 0, num_classes - 1)
-        return lambda i, values: (given[i][None], jnp.ones(1, values.dtype))
-    core.check_choice(labels, "labels", ("exact", "sampled"))
-    if labels == "exact":
-        return lambda i, values: (jnp.arange(num_classes), jnp.exp(values))
-    if key is None:
-        raise ValueError('labels="sampled" draws a class for each input: give a key=')
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _add_squares(
+    log_probs_fn: Callable[[PyTree, Any], Array],
+    labels: str,
+    params: PyTree,
+    total: dict[str, Array],
+    examples: tuple[PyTree, Array, Array, Array | None],
+    classes: Array,
+    key: Key | None,
+) -> dict[str, Array]:
+    """Adds the squared gradients of some examples, and of some classes where labels are exact."""
+    named = dict(trees.named_leaves(params))
+    moving = {name: named[name] for name in total}
 
-    def sample(i: Array, values: Array) -> tuple[Array, Array]:
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), values)
-        return drawn[None], jnp.ones(1, values.dtype)
+    def squares(x: PyTree, i: Array, counts: Array, given: Array | None) -> dict[str, Array]:
+        def log_probs(moving: dict[str, Array]) -> Array:
+            whole = trees.map_named(lambda name, leaf: moving.get(name, leaf), params)
+            return log_probs_fn(whole, jax.tree.map(lambda leaf: leaf[None], x))[0]
 
-    return sample
+        values, pull = jax.vjp(log_probs, moving)
+        if labels == "exact":
+            # A class beyond the last one has no cotangent and adds nothing.
+            votes, weights = classes, jnp.exp(values).at[classes].get(mode="clip")
+        else:
+            drawn = given
+            if labels == "sampled":
+                assert key is not None
+                drawn = jax.random.categorical(jax.random.fold_in(key, i), values)
+            votes, weights = jnp.asarray(drawn)[None], jnp.ones(1, values.dtype)
+        weights = weights * counts.astype(values.dtype)
+        (gradients,) = jax.vmap(pull)(jax.nn.one_hot(votes, len(values), dtype=values.dtype))
+
+        def add_up(name: str) -> Array:
+            square = jnp.square(gradients[name].astype(total[name].dtype))
+            return jnp.tensordot(weights.astype(square.dtype), square, 1, precision="highest")
+
+        return {name: add_up(name) for name in total}
+
+    added = jax.vmap(squares)(*examples)
+    return {name: so_far + jnp.sum(added[name], axis=0) for name, so_far in total.items()}
+
+
+def _check_labels(labels: ArrayLike, num_inputs: int, num_classes: int) -> Any:
+    array = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    if array.shape != (num_inputs,):
+        raise ValueError(f"labels must be one for each of {num_inputs} inputs, got {array.shape}")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {array.dtype}")
+    core.check_finite(array, "labels", 0, num_classes - 1)
+    return array
 
 
 def _open_fishers(fishers: PyTree, leaves: core.Leaves) -> core.Leaves:

@@ -1,5 +1,6 @@
 """What is in the models, before and after they are merged."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,12 @@ from mixlab.types import Array, PyTree
 
 
 def report(
-    models: PyTree, *, base: PyTree | None = None, merged: PyTree | None = None
+    models: PyTree,
+    *,
+    base: PyTree | None = None,
+    merged: PyTree | None = None,
+    per_model: bool = False,
+    notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measures models leaf by leaf: how far they moved, and how far they agree.
 
@@ -21,22 +27,27 @@ def report(
         models: M models, a list or one stacked tree.
         base: the model that they were fine-tuned from.
         merged: what became of them.
+        per_model: whether `merged` holds a model for each of them, stacked.
+        notes: what else is to be said of a leaf, by name.
 
     Returns:
-        Plain numbers and lists: `"models"` M; `"leaves"`, by name a dict of
-        `norm [M]` of the task vectors; `cosine [M, M]` between them (0 where one is zero);
-        `conflict`, the fraction of entries where one is positive and another negative;
-        `not_finite`, how many entries of all the models are infinite or NaN; and with `merged`
-        also `merged_norm` of its task vector, `kept`, the fraction of its entries that are not
-        zero, and `merged_not_finite`. `"copied"`, by name: whether the models differ in a leaf
-        that was copied, not merged.
+        Plain numbers and lists: `"models"` M; `"leaves"`, by name a dict of `norm [M]` of the task
+        vectors; `cosine [M, M]` between them (0 where one is zero); `distance [M, M]` of the
+        models from each other; `conflict`, the fraction of entries where one is positive and
+        another negative; `size`, the number of entries; `not_finite`, how many entries of all the
+        models are infinite or NaN; and with `merged` also `merged_norm` of its task vector (a list
+        if `per_model`), `kept`, the fraction of its entries that are not zero, and
+        `merged_not_finite`. `"copied"`, by name: whether the models differ in a leaf that was
+        copied, not merged. `"notes"` as they were given.
 
     Raises:
         ValueError: models, base or merged do not match; the message names the leaf.
         TypeError: a leaf is complex.
     """
     opened = core.open_models(models, base)
-    results = None if merged is None else core.open_models([merged], opened.template).leaves
+    results = None
+    if merged is not None:
+        results = core.open_models(merged if per_model else [merged], opened.template).leaves
 
     def row(name: str, stacked: Array) -> dict[str, Any]:
         core.check_real(name, stacked.dtype, "report")
@@ -46,16 +57,18 @@ def report(
         numbers = _measure(stacked, origin)
         if results is not None:
             of_merged = _measure(results.read(name), origin)
-            numbers["merged_norm"] = of_merged["norm"][0]
+            numbers["merged_norm"] = of_merged["norm"] if per_model else of_merged["norm"][0]
             numbers["kept"] = of_merged["nonzero"]
             numbers["merged_not_finite"] = of_merged["not_finite"]
         del numbers["nonzero"]
-        return {what: np.asarray(value).tolist() for what, value in numbers.items()}
+        measured = {what: np.asarray(value).tolist() for what, value in numbers.items()}
+        return measured | {"size": origin.size}
 
     return {
         "models": opened.leaves.num_models,
         "leaves": opened.leaves.each(row),
         "copied": {name: opened.differ(name) for name in opened.copied},
+        "notes": dict(notes or {}),
     }
 
 
@@ -64,11 +77,13 @@ def _measure(stacked: Array, origin: Array) -> dict[str, Array]:
     taus = (stacked - origin).reshape(stacked.shape[0], -1)
     norms = jnp.sqrt(jnp.sum(jnp.square(taus), axis=1))
     units = taus / jnp.where(norms > 0, norms, 1)[:, None]
+    distances = [jnp.sqrt(jnp.sum(jnp.square(taus - tau), axis=1)) for tau in taus]
     conflicts = jnp.any(taus > 0, axis=0) & jnp.any(taus < 0, axis=0)
     size = max(taus.shape[1], 1)
     return {
         "norm": norms,
         "cosine": jnp.matmul(units, units.T, precision="highest"),
+        "distance": jnp.stack(distances),
         "conflict": jnp.sum(conflicts) / size,
         "not_finite": jnp.sum(~jnp.isfinite(stacked)),
         "nonzero": jnp.sum(taus != 0) / taus.size if taus.size else jnp.zeros(()),
@@ -76,22 +91,24 @@ def _measure(stacked: Array, origin: Array) -> dict[str, Array]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report as text: one line a leaf, the mean cosine of all pairs, and what was copied."""
-    header = ["leaf", "norm", "cosine", "conflict", "not finite"]
+    """A report as text, a line a leaf; distance and cosine are means over the pairs of models."""
+    header = ["leaf", "norm", "distance", "cosine", "conflict", "not finite"]
     has_merged = any("kept" in numbers for numbers in report["leaves"].values())
     rows = [header + (["merged norm", "kept"] if has_merged else [])]
     above = np.triu_indices(report["models"], 1)
     for name, numbers in report["leaves"].items():
-        cosines = np.asarray(numbers["cosine"])[above]
+        distances, cosines = (np.asarray(numbers[key])[above] for key in ("distance", "cosine"))
         cells = [
             name,
-            " ".join(f"{norm:.3g}" for norm in numbers["norm"]),
+            _numbers(numbers["norm"]),
+            f"{distances.mean():.3g}" if distances.size else "-",
             f"{cosines.mean():.3f}" if cosines.size else "-",
             f"{numbers['conflict']:.1%}",
             str(numbers["not_finite"]),
         ]
         if has_merged:
-            cells += [f"{numbers['merged_norm']:.3g}", f"{numbers['kept']:.1%}"]
+            norms = np.atleast_1d(numbers["merged_norm"]).tolist()
+            cells += [_numbers(norms), f"{numbers['kept']:.1%}"]
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -99,5 +116,13 @@ def table(report: dict[str, Any]) -> str:
         for row in rows
     ]
     for name, differ in report["copied"].items():
-        lines.append(f"{name}  copied" + (", though the models differ in it" if differ else ""))
+        if name not in report["notes"]:
+            lines.append(f"{name}  copied" + (", though the models differ in it" if differ else ""))
+    lines += [f"{name}  {note}" for name, note in report["notes"].items()]
     return "\n".join(lines)
+
+
+def _numbers(values: list[float]) -> str:
+    """All of a few, the range of many."""
+    shown = values if len(values) <= 4 else [min(values), max(values)]
+    return (" " if shown is values else " to ").join(f"{value:.3g}" for value in shown)

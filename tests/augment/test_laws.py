@@ -27,7 +27,8 @@ def assert_share(hits, p):
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 8.0])
 def test_beta(alpha, tilted):
     n = 40_000
-    x = np.asarray(mixing.beta(KEY, alpha, (n,), tilted=tilted), np.float64)
+    u = jax.random.uniform(KEY, (mixing.num_uniforms(alpha, tilted=tilted), n))
+    x = np.asarray(mixing.beta(u, alpha, tilted=tilted), np.float64)
     law = stats.beta(alpha + tilted, alpha)
     assert x.min() >= 0
     assert x.max() <= 1

@@ -1,5 +1,7 @@
 """Fisher merging and the Fishers themselves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,22 +32,23 @@ def by_hand(x, weights):
     return total / len(x)
 
 
-@jax.jit
-def all_modes(params, x, labels, key):
-    args = (log_probs, params, x)
+LABELS = np.asarray([0, 1, 2, 3, 1])
+
+
+def all_modes(key, **kwargs):
+    fisher = functools.partial(merge.diagonal_fisher, log_probs, PARAMS, **kwargs)
     return {
-        "exact": merge.diagonal_fisher(*args),
-        "given": merge.diagonal_fisher(*args, labels=labels),
-        "sampled": merge.diagonal_fisher(*args, labels="sampled", key=key),
+        "exact": fisher(X),
+        "given": fisher(X, labels=LABELS),
+        "sampled": fisher(X, labels="sampled", key=key),
     }
 
 
 def test_the_three_kinds_of_labels(key):
-    labels = np.asarray([0, 1, 2, 3, 1])
-    found = all_modes(PARAMS, X, labels, key)
+    found = all_modes(key)
     p = np.exp(log_probs(PARAMS, X))
     np.testing.assert_allclose(found["exact"]["kernel"], by_hand(X, p), rtol=1e-5)
-    one_hot = np.eye(4)[labels]
+    one_hot = np.eye(4)[LABELS]
     np.testing.assert_allclose(found["given"]["kernel"], by_hand(X, one_hot), rtol=1e-5)
     assert found["exact"]["bias"] is None
     assert found["exact"]["steps"].dtype == PARAMS["steps"].dtype
@@ -53,10 +56,29 @@ def test_the_three_kinds_of_labels(key):
 
     # Sampled labels agree with the exact expectation on average, and are drawn anew by example.
     many = np.repeat(X, 800, axis=0)
-    sampled = merge.diagonal_fisher(log_probs, PARAMS, many, labels="sampled", key=key)
+    sampled = merge.diagonal_fisher(
+        log_probs, PARAMS, many, labels="sampled", key=key, at_once=1000
+    )
     np.testing.assert_allclose(sampled["kernel"], by_hand(X, p), rtol=0.2)
-    other = all_modes(PARAMS, X, labels, jax.random.key(1))
-    assert not np.array_equal(found["sampled"]["kernel"], other["sampled"]["kernel"])
+    other = merge.diagonal_fisher(log_probs, PARAMS, X, labels="sampled", key=jax.random.key(1))
+    assert not np.array_equal(found["sampled"]["kernel"], other["kernel"])
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 9])
+def test_batches_do_not_matter(key, at_once):
+    """Neither how many gradients are taken at a time, with remainders, nor how the data come."""
+    expected = all_modes(key)
+    found = all_modes(key, at_once=at_once)
+    cuts = (slice(0, 2), slice(2, 2), slice(2, 5))
+    fisher = functools.partial(merge.diagonal_fisher, log_probs, PARAMS, at_once=at_once)
+    streamed = {
+        "exact": fisher(X[cut] for cut in cuts),
+        "given": fisher(((X[cut], LABELS[cut]) for cut in cuts), labels="empirical"),
+        "sampled": fisher((X[cut] for cut in cuts), labels="sampled", key=key),
+    }
+    for mode, value in expected.items():
+        for other in (found, streamed):
+            np.testing.assert_allclose(other[mode]["kernel"], value["kernel"], rtol=1e-5)
 
 
 def test_inputs_may_be_a_tree():
@@ -92,6 +114,10 @@ def test_wrong_labels_and_inputs():
         fisher(labels=np.asarray([0, 1, 2, 3, 4]))
     with pytest.raises(ValueError, match="N at least 1"):
         fisher(X[:0])
+    with pytest.raises(ValueError, match="N at least 1"):
+        fisher(iter([]))
+    with pytest.raises(ValueError, match="at_once"):
+        fisher(at_once=0)
     with pytest.raises(ValueError, match=r"\[B, K\], got \(1,\)"):
         merge.diagonal_fisher(lambda p, x: log_probs(p, x)[:, 0], PARAMS, X)
 
@@ -109,6 +135,17 @@ def test_fishers_weigh_the_entries_and_may_lack_copied_leaves():
     np.testing.assert_allclose(merged["w"], [1.2, 3.0], rtol=1e-6)
     merged = merge.fisher(floor_mode="first")(MODELS, fishers=FISHERS)
     np.testing.assert_allclose(merged["w"], [1.5, 2.0], rtol=1e-6)
+
+
+def test_independent_gaussian_posteriors_multiply():
+    """Means merge by precision: the posterior given all data, where the Fisher is exact."""
+    rng = np.random.default_rng(1)
+    data = [rng.normal(size=(n, 3)) * [1, 2, 3] for n in (4, 10)]
+    models = [{"mean": x.mean(axis=0, dtype=np.float32)} for x in data]
+    variance = np.asarray([1, 4, 9], np.float32)
+    precisions = [{"mean": len(x) / variance} for x in data]
+    merged = merge.fisher()(models, fishers=precisions)["mean"]
+    np.testing.assert_allclose(merged, np.concatenate(data).mean(axis=0), rtol=1e-5)
 
 
 def test_wrong_fishers():

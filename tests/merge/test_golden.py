@@ -57,7 +57,6 @@ def test_linear(inputs):
         "task_arithmetic/fusionbench": merge.task_arithmetic(),
         "task_arithmetic/mergekit/normalize=False": merge.task_arithmetic(0.3, WEIGHTS),
         "task_arithmetic/mergekit/normalize=True": merge.task_arithmetic(0.3, shares),
-        "magmax/fusionbench": merge.parse("reduce('max') | rescale(0.3)"),
     }
     check(methods, v, models, base)
     check({"weighted/mergekit/normalize=False": plain_sum}, v, models, zeros)

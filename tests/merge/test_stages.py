@@ -1,12 +1,16 @@
 """Selection and the stages of task-vector methods."""
 
+import functools
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mixlab import merge
 from mixlab.merge import core, selection
+from tests.reference import merging_sparse
 
 
 def kth(arrays, k):
@@ -36,21 +40,38 @@ def test_kth_smallest_clips_k():
 DELTAS = np.asarray([[0.5, -0.25, 0.125, 0.0], [-0.5, 0.25, 0.25, 0.0]], np.float32)
 
 
-def run(text, deltas=DELTAS):
+def run(text, deltas=DELTAS, key=None):
     base = {"v": np.zeros(deltas.shape[1:], np.float32)}
     method = merge.parse(text) if isinstance(text, str) else text
-    return method([{"v": d} for d in deltas], base=base)["v"]
+    return method([{"v": d} for d in deltas], base=base, key=key)["v"]
 
 
 def test_density_one_keeps_everything():
+    for method in (merge.dare(1), merge.breadcrumbs(1, 0), merge.breadcrumbs(1, 0.5)):
+        np.testing.assert_array_equal(run(method, key=jax.random.key(0)), DELTAS.sum(axis=0))
+    found = run(merge.della(1, consensus="linear", normalize=False), key=jax.random.key(0))
+    np.testing.assert_array_equal(found, DELTAS.sum(axis=0))
     np.testing.assert_array_equal(run("trim(1.0) | reduce"), DELTAS.sum(axis=0))
     np.testing.assert_array_equal(run("trim(1, scope='leaf') | reduce"), DELTAS.sum(axis=0))
 
 
-@pytest.mark.parametrize("density", [0, -0.1, 1.5, np.nan])
+@pytest.mark.parametrize("density", [-0.1, 1.5, np.nan])
 def test_density_out_of_range(density):
-    with pytest.raises(ValueError, match="density"):
-        merge.ties(density)
+    for make in (merge.ties, merge.dare, merge.della, merge.breadcrumbs):
+        with pytest.raises(ValueError, match="density"):
+            make(density)
+
+
+def test_density_zero_keeps_the_largest_entry_or_nothing():
+    largest = [-0.5, 0, 0, 0]
+    for text in ("trim(0)", "trim(0, scope='leaf')", "trim(0, scope='leaf', exact=True)"):
+        np.testing.assert_array_equal(run(f"{text} | reduce", DELTAS[1:]), largest)
+    for rescale in ("expectation", "l1", None):
+        found = run(merge.dare(0, rescale=rescale), key=jax.random.key(0))
+        np.testing.assert_array_equal(found, np.zeros(4))
+    for method in (merge.breadcrumbs(0), merge.sce(0)):
+        np.testing.assert_array_equal(run(method), np.zeros(4))
+    np.testing.assert_array_equal(run(merge.della(0), key=jax.random.key(0)), np.zeros(4))
 
 
 def test_scope_decides_what_is_ranked_together():
@@ -95,18 +116,153 @@ def test_stages_after_the_reduction_work_on_what_it_leaves():
     np.testing.assert_array_equal(found, [0, 0, 0.75, 0])
 
 
-def test_scale_and_density_may_be_traced():
-    """Both are hyper-parameters that one may map over; the scale also has a gradient."""
+@pytest.mark.parametrize("method", [merge.task_arithmetic, lambda s: merge.ties(0.5, s)])
+def test_gradient_of_a_loss_with_respect_to_the_scale(method):
+    """Of a linear model's squared error, against the derivative by hand."""
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.normal(size=(8, 4)), rng.normal(size=8)
 
-    def norm(scale, density, deltas):
-        return jnp.sum(jnp.abs(run(merge.ties(density, scale), deltas)))
+    def loss(scale, deltas):
+        return jnp.mean(jnp.square(jnp.asarray(inputs) @ run(method(scale), deltas) - targets))
 
-    scales, densities = jnp.asarray([0.5, 1.0, 2.0]), jnp.asarray([0.01, 0.5, 1.0])
-    of_each = jax.vmap(jax.value_and_grad(norm), in_axes=(0, 0, None))
-    found = jax.jit(of_each)(scales, densities, DELTAS)
-    expected = [np.abs(run(merge.ties(d, 1.0))).sum() for d in (0.01, 0.5, 1.0)]
-    np.testing.assert_allclose(found[0], np.asarray(expected) * scales, rtol=1e-6)
-    np.testing.assert_allclose(found[1], expected, rtol=1e-6)
+    scales = jnp.asarray([-0.5, 0.3, 1.0])
+    found = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(scales, DELTAS)
+    slope = inputs @ np.asarray(run(method(1.0)), np.float64)
+    expected = [np.mean(2 * (scale * slope - targets) * slope) for scale in (-0.5, 0.3, 1.0)]
+    assert np.all(np.abs(expected) > 0.01)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_scale_and_density_may_be_mapped_over():
+    densities, scales = (0.01, 0.5, 1.0), (0.5, 1.0, 2.0)
+    key = jax.random.key(0)
+    methods = {
+        "ties": merge.ties,
+        "dare": merge.dare,
+        "della": lambda density, scale: merge.della(density, 0.3, scale),
+        "breadcrumbs": lambda density, scale: merge.breadcrumbs(density, 0.25, scale),
+        "sce": merge.sce,
+    }
+    deltas = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
+    def mapped(density, scale, deltas):
+        return {name: run(make(density, scale), deltas, key) for name, make in methods.items()}
+
+    @jax.jit
+    def one_by_one(deltas):
+        pairs = list(zip(densities, scales, strict=True))
+        return {
+            name: jnp.stack([run(make(d, s), deltas, key) for d, s in pairs])
+            for name, make in methods.items()
+            if name != "della"  # Whose epsilon must fit a density that is known.
+        }
+
+    found = mapped(jnp.asarray(densities), jnp.asarray(scales), deltas)
+    for name, expected in one_by_one(deltas).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6, err_msg=name)
+    assert np.all(np.isfinite(found["della"]))
+
+
+def test_drop_keeps_the_expectation_and_l1_the_sum_of_magnitudes():
+    deltas = np.random.default_rng(0).normal(size=(2, 20_000)).astype(np.float32) + 1
+    key = jax.random.key(3)
+    for method in (merge.dare(0.3), merge.parse("drop(0.3, epsilon=0.2) | reduce")):
+        difference = np.asarray(run(method, deltas, key)) - deltas.sum(axis=0)
+        assert abs(difference.mean()) < 5 * difference.std() / np.sqrt(difference.size)
+    for delta in deltas:
+        found = run(merge.dare(0.3, rescale="l1"), delta[None], key)
+        np.testing.assert_allclose(np.abs(found).sum(), np.abs(delta).sum(), rtol=1e-5)
+    np.testing.assert_array_equal(run(merge.dare(0.5), 0 * deltas[:, :4], key), np.zeros(4))
+
+
+def test_equal_models_draw_differently_and_keep_what_they_keep():
+    deltas = np.ones((2, 1000), np.float32)
+    found = run(merge.dare(0.5), deltas, jax.random.key(0))
+    assert set(np.unique(found)) == {0, 2, 4}
+
+
+def probabilities(value, density=0.5, epsilon=0.25, **options):
+    models, base = [{"v": value}], {"v": jnp.zeros_like(value)}
+    method = merge.chain(merge.drop(density, epsilon=epsilon, **options), merge.reduce())
+    return method.measure(models, base, jax.random.key(0))["0/drop"]["v"]["probability"][0]
+
+
+def test_larger_entries_are_kept_more_often():
+    """Among the weights of a unit, the last axis, or along the axis that is named."""
+    kernel = jnp.asarray([[1.0, -6.0], [-2.0, 4.0], [3.0, -5.0]])
+    rising = [[0.25, 0.75], [0.5, 0.25], [0.75, 0.5]]
+    np.testing.assert_array_equal(probabilities(kernel), rising)
+    np.testing.assert_array_equal(probabilities(kernel, axis=0), rising)
+    np.testing.assert_array_equal(probabilities(kernel, axis=1), [[0.25, 0.75]] * 3)
+    np.testing.assert_array_equal(probabilities(kernel.reshape(3, 1, 1, 2)).reshape(3, 2), rising)
+    np.testing.assert_array_equal(probabilities(kernel[:, 0]), [0.25, 0.5, 0.75])
+    # Where there is one entry, it has no rank.
+    np.testing.assert_array_equal(probabilities(kernel[:, :1], axis=1), [[0.5]] * 3)
+    np.testing.assert_array_equal(probabilities(kernel[0, 0]), 0.5)
+    for shape in ((0,), (0, 2), (2, 0), (1, 3, 0, 2)):
+        assert probabilities(jnp.zeros(shape)).shape == shape
+    with pytest.raises(ValueError, match=r"density=0\.9 and epsilon=0\.2"):
+        merge.della(0.9, 0.2)
+    with pytest.raises(ValueError, match="epsilon"):
+        merge.drop(0.5, epsilon=0.6)
+
+
+def test_band_counts_from_the_largest_down():
+    deltas = np.asarray([[4, -3, 3, 2, 1, 0, 0, 0]], np.float32)
+    found = run("band(0.25, 0.125) | reduce", deltas)
+    np.testing.assert_array_equal(found, [0, -3, 3, 0, 0, 0, 0, 0])
+    found = run("band(0.25, 0.25) | reduce", deltas)
+    np.testing.assert_array_equal(found, [0, 0, 3, 2, 0, 0, 0, 0])
+    # No outlier in so few entries; and fewer outliers than asked for where more are kept.
+    np.testing.assert_array_equal(run("band(0.5, 0.1) | reduce", deltas), [4, -3, 3, 2, 0, 0, 0, 0])
+    np.testing.assert_array_equal(run("band(0.875, 0.5) | reduce", deltas)[:3], [0, -3, 3])
+
+
+def test_masks_are_of_all_models_or_of_each():
+    keep = np.asarray([True, False, True, True])
+    each = np.asarray([[1, 0, 2, 1], [0, 1, 0.5, 1]], np.float32)
+    expected = (each * DELTAS).sum(axis=0)
+    for masks, value in (
+        ({"v": keep}, keep * DELTAS.sum(axis=0)),
+        ({"v": each}, expected),
+        ([{"v": row} for row in each], expected),
+        ({"v": None}, DELTAS.sum(axis=0)),
+        ({"v": None, "steps": None}, DELTAS.sum(axis=0)),
+    ):
+        np.testing.assert_array_equal(run(merge.chain(merge.mask(masks), merge.reduce())), value)
+    after = merge.chain(merge.reduce(), merge.mask({"v": keep}))
+    np.testing.assert_array_equal(run(after), keep * DELTAS.sum(axis=0))
+    with pytest.raises(ValueError, match=r"no masks for the leaves \['v'\], only for \['w'\]"):
+        run(merge.chain(merge.mask({"w": keep}), merge.reduce()))
+    with pytest.raises(ValueError, match=r"mask of leaf 'v' must be of shape \(4,\) or \(2, 4\)"):
+        run(merge.chain(merge.mask({"v": keep[:3]}), merge.reduce()))
+
+
+def test_sce_by_hand():
+    """Variances 4, 1, 0, 0.25, energies (of what is selected) 25 : 1, then the minority goes."""
+    deltas = np.asarray([[4, 3, 1, 1], [0, 1, 1, 0]], np.float32)
+    found = run(merge.sce(0.7), deltas)
+    np.testing.assert_allclose(found, [4, (25 * 3 + 1) / 26, 0, 0])
+    deltas = np.asarray([[2, 0], [-1, 1], [-1, 0]], np.float32)
+    np.testing.assert_allclose(run(merge.sce(), deltas), [2, 1])
+    np.testing.assert_array_equal(run(merge.sce(0.5), 0 * DELTAS), np.zeros(4))
+
+
+def test_of_equal_magnitudes_the_later_model_wins():
+    np.testing.assert_array_equal(run(merge.magmax(1.0)), [-0.5, 0.25, 0.25, 0])
+    np.testing.assert_array_equal(run(merge.magmax(2.0), -DELTAS[::-1]), [-1, 0.5, -0.5, 0])
+    nan = DELTAS.copy()
+    nan[0, 0] = np.nan
+    assert np.isnan(run(merge.magmax(), nan)[0])
+
+
+def test_weights_are_normalised():
+    chain = merge.chain(merge.weigh([1, 3], normalize=True), merge.reduce())
+    np.testing.assert_allclose(run(chain), np.average(DELTAS, axis=0, weights=[1, 3]))
+    with pytest.raises(ValueError, match="sum to zero"):
+        merge.weigh([1, -1], normalize=True)
 
 
 def test_unknown_choices_name_the_known_ones():
@@ -116,6 +272,9 @@ def test_unknown_choices_name_the_known_ones():
         lambda: merge.elect_sign(zero="negative"),
         lambda: merge.reduce("median"),
         lambda: merge.ties(reduce="median"),
+        lambda: merge.ties(zero="negative"),
+        lambda: merge.dare(consensus="vote"),
+        lambda: merge.dare(rescale="l2"),
         lambda: merge.fisher(floor_mode="none"),
     ):
         with pytest.raises(ValueError, match="must be one of"):
@@ -123,3 +282,53 @@ def test_unknown_choices_name_the_known_ones():
     for make in (merge.rescale, merge.task_arithmetic, merge.slerp, merge.interpolate):
         with pytest.raises(ValueError, match="must be finite"):
             make(np.nan)
+
+
+def test_sparse_methods_against_their_restatements(x64):
+    """On multiples of 1 / 64, where magnitudes tie and signs cancel, and variances are exact."""
+    shapes = {"kernel": (3, 2, 4), "bias": (5,), "gain": ()}
+    rng = np.random.default_rng(0)
+    base = {name: rng.integers(-64, 65, shape) / 64 for name, shape in shapes.items()}
+    taus = {name: rng.integers(-9, 10, (4, *shape)) / 64 for name, shape in shapes.items()}
+    weights = [0.5, 2.0, 1.0, 0.25]
+    options = [(False, False), (False, True), (True, False), (True, True)]
+    methods, expected = {"magmax": merge.magmax(0.5)}, {}
+    expected["magmax"] = lambda name, drawn: 0.5 * merging_sparse.magmax(taus[name])
+    methods["crumbs"] = merge.breadcrumbs(0.4, 0.2)
+    expected["crumbs"] = lambda name, drawn: sum(
+        merging_sparse.band(tau, 0.4, 0.2) for tau in taus[name]
+    )
+    methods["sce"] = merge.sce(0.4)
+    expected["sce"] = lambda name, drawn: merging_sparse.sce(taus[name], 0.4)
+    for (elect, normalize), rescale in zip(options, ("l1", None, "expectation", "l1"), strict=True):
+        common = {
+            "weights": weights,
+            "normalize": normalize,
+            "consensus": "ties" if elect else "linear",
+        }
+        case = f"{elect} {normalize}"
+        methods[f"dare {case}"] = merge.dare(0.4, rescale=rescale, **common)
+        methods[f"della {case}"] = merge.della(0.4, 0.25, rescale=rescale, **common)
+
+        def dropped(name, drawn, epsilon, elect=elect, normalize=normalize, rescale=rescale):
+            p = [merging_sparse.keep_probability(tau, 0.4, epsilon) for tau in taus[name]]
+            left = map(merging_sparse.drop, taus[name], drawn, p, [rescale] * 4)
+            return merging_sparse.consensus(np.stack(list(left)), weights, elect, normalize)
+
+        expected[f"dare {case}"] = functools.partial(dropped, epsilon=0.0)
+        expected[f"della {case}"] = functools.partial(dropped, epsilon=0.25)
+
+    @jax.jit
+    def merge_all(models, base):
+        plans = {case: m.measure(models, base, jax.random.key(0)) for case, m in methods.items()}
+        return plans, {case: m.combine(plans[case], models, base) for case, m in methods.items()}
+
+    plans, merged = merge_all({name: base[name] + tau for name, tau in taus.items()}, base)
+    assert merged.keys() == expected.keys()
+    for case, restated in expected.items():
+        for name in shapes:
+            drawn = plans[case].get("0/drop", {}).get(name, {}).get("kept")
+            value = base[name] + restated(name, None if drawn is None else np.asarray(drawn))
+            np.testing.assert_allclose(
+                merged[case][name], value, rtol=1e-12, atol=1e-13, err_msg=f"{case} {name}"
+            )

@@ -1,10 +1,17 @@
 """Mixing by boxes: CutMix pastes a part of the partner, ResizeMix the whole of it, made small."""
 
-import jax
 import jax.numpy as jnp
 
+from mixlab import random
 from mixlab.augment.core import Augmentation, to_dtype, working_dtype
-from mixlab.augment.mixing.frame import Mixed, beta, check_alpha, lam_of, mixed_sample
+from mixlab.augment.mixing.frame import (
+    Mixed,
+    beta,
+    check_alpha,
+    lam_of,
+    mixed_sample,
+    num_uniforms,
+)
 from mixlab.augment.ops.dispatch import each
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Key, Plan
@@ -128,19 +135,19 @@ def cutmix(
                 f"in_bounds={in_bounds}"
             )
 
-    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
-        size = _size_of(shape)
+    def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
+        del key
+        size, place = _size_of(shape), u[:2].T
         if minmax is not None:
-            box = _minmax_box(key, n, size, minmax)
+            box = _minmax_box(place, u[2:].T, size, minmax)
             return {"box": box, "lam": share_outside(box, size)}
-        lam_key, place_key = jax.random.split(key)
-        lam = beta(lam_key, alpha, (n,))
+        lam = beta(u[2:], alpha)
         if in_bounds:
-            box = _inner_box(place_key, _sides(lam, size, len(shape) == 3), size)
+            box = _inner_box(place, _sides(lam, size, len(shape) == 3), size)
         elif len(shape) == 3:
-            box = _segment(lam, _uniform_pixels(place_key, n, size), size)
+            box = _segment(lam, random.whole_number(place, size), size)
         else:
-            box = cutmix_box(lam, _uniform_pixels(place_key, n, size), size)
+            box = cutmix_box(lam, random.whole_number(place, size), size)
         return {"box": box, "lam": share_outside(box, size) if correct_lam else lam}
 
     def blend(plan: Plan, image: Array, partner: Array) -> Mixed:
@@ -150,6 +157,7 @@ def cutmix(
     return mixed_sample(
         decide,
         blend,
+        uniforms=4 if minmax is not None else 2 + num_uniforms(alpha),
         per_batch=per_batch,
         prob=prob,
         pairing=pairing,
@@ -207,15 +215,17 @@ def patchmix(
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"size is a number of pixels, at least 1, or a pair, got {size!r}")
 
-    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
+    def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
+        del key
         extent = _size_of(shape)
         side = jnp.minimum(jnp.asarray(sides, jnp.int32), jnp.asarray(extent, jnp.int32))
-        box = _inner_box(key, jnp.broadcast_to(side, (n, 2)), extent)
+        box = _inner_box(u.T, jnp.broadcast_to(side, u.T.shape), extent)
         return {"box": box, "lam": share_outside(box, extent)}
 
     return mixed_sample(
         decide,
         _paste,
+        uniforms=2,
         per_batch=per_batch,
         prob=prob,
         pairing=pairing,
@@ -237,10 +247,9 @@ def _sides(lam: Array, size: tuple[int, int], signal: bool) -> Array:
     return sides.at[:, 0].set((sides[:, 1] > 0).astype(jnp.int32)) if signal else sides
 
 
-def _inner_box(key: Key, side: Array, size: tuple[int, int]) -> Array:
+def _inner_box(place: Array, side: Array, size: tuple[int, int]) -> Array:
     """Places boxes uniformly where they fit."""
-    room = jnp.asarray(size, jnp.int32) - side + 1
-    corner = jax.random.randint(key, side.shape, 0, room, jnp.int32)
+    corner = random.whole_number(place, jnp.asarray(size, jnp.int32) - side + 1)
     return jnp.concatenate([corner, corner + side], axis=-1)
 
 
@@ -250,23 +259,15 @@ def _segment(lam: Array, center: Array, size: tuple[int, int]) -> Array:
     return box.at[:, 0].set(0).at[:, 2].set(1)
 
 
-def _uniform_pixels(key: Key, n: int, size: tuple[int, int]) -> Array:
-    """Uniform rows and columns, int32 [n, 2]; `jax.random.randint` draws four times as much."""
-    length = jnp.asarray(size, jnp.int32)
-    share = jax.random.uniform(key, (n, 2), jnp.float32)
-    return jnp.minimum((share * length.astype(jnp.float32)).astype(jnp.int32), length - 1)
-
-
-def _minmax_box(key: Key, n: int, size: tuple[int, int], minmax: tuple[float, float]) -> Array:
-    side_key, corner_key = jax.random.split(key)
+def _minmax_box(
+    place: Array, share: Array, size: tuple[int, int], minmax: tuple[float, float]
+) -> Array:
     low = [int(length * minmax[0]) for length in size]
     high = [max(int(length * minmax[1]), lo + 1) for length, lo in zip(size, low, strict=True)]
-    side = jax.random.randint(
-        side_key, (n, 2), jnp.asarray(low, jnp.int32), jnp.asarray(high, jnp.int32), jnp.int32
-    )
+    lowest = jnp.asarray(low, jnp.int32)
+    side = lowest + random.whole_number(share, jnp.asarray(high, jnp.int32) - lowest)
     # timm's corner never reaches the far edge.
-    room = jnp.maximum(jnp.asarray(size, jnp.int32) - side, 1)
-    corner = jax.random.randint(corner_key, (n, 2), 0, room, jnp.int32)
+    corner = random.whole_number(place, jnp.maximum(jnp.asarray(size, jnp.int32) - side, 1))
     return jnp.concatenate([corner, corner + side], axis=-1)
 
 
@@ -315,14 +316,14 @@ def resizemix(
             f"unknown interpolation {interpolation!r}; {nearest(str(interpolation), known)}"
         )
 
-    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
+    def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
+        del key
         size = (shape[1], shape[2])
-        tau_key, beta_key, center_key = jax.random.split(key, 3)
-        tau = jax.random.uniform(tau_key, (n,), minval=scope[0], maxval=scope[1])
+        tau = scope[0] + (scope[1] - scope[0]) * u[2]
         if alpha is not None:
-            drawn = beta(beta_key, alpha, (n,))
+            drawn = beta(u[3:], alpha)
             tau = jnp.where((drawn >= scope[0]) & (drawn <= scope[1]), drawn, tau)
-        box = resizemix_box(tau, _uniform_pixels(center_key, n, size), size)
+        box = resizemix_box(tau, random.whole_number(u[:2].T, size), size)
         return {"box": box, "lam": share_outside(box, size)}
 
     def blend(plan: Plan, image: Array, partner: Array) -> Mixed:
@@ -347,7 +348,15 @@ def resizemix(
             out = _shrunk(image, jnp.clip(partners, 0, len(keep) - 1), box)
         return Mixed(out, share_outside(box, size), keep, (resized, placed))
 
-    return mixed_sample(decide, blend, per_batch=per_batch, prob=prob, pairing=pairing, whole=True)
+    return mixed_sample(
+        decide,
+        blend,
+        uniforms=3 if alpha is None else 3 + num_uniforms(alpha),
+        per_batch=per_batch,
+        prob=prob,
+        pairing=pairing,
+        whole=True,
+    )
 
 
 def _shrunk(image: Array, partner: Array, box: Array) -> Array:

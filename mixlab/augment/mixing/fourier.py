@@ -8,8 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
+from mixlab import random
 from mixlab.augment.core import Augmentation
-from mixlab.augment.mixing.frame import beta, blend_by_mask, check_alpha, mixed_sample
+from mixlab.augment.mixing.frame import (
+    beta,
+    blend_by_mask,
+    check_alpha,
+    mixed_sample,
+    num_uniforms,
+)
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Key, Plan
 
@@ -132,9 +139,9 @@ _DIGIT = 10
 def _brightest(x: Array, count: Array) -> Array:
     """Marks the `count[i]` largest numbers of every row, of equal ones those that come last.
 
-    The bits of floats that are not negative are ordered as they are. The threshold is found digit
-    by digit: a histogram of the numbers that agree with it so far tells the next one. That is
-    three passes, where a sort makes many.
+    A histogram of the leading binary digits tells where the last of them lies; the numbers that
+    share its digits are told apart by the next ones, until all of them are wanted. Two passes
+    are most often enough, where a sort makes many.
 
     Args:
         x: [B, n] in [0, 1].
@@ -143,36 +150,35 @@ def _brightest(x: Array, count: Array) -> Array:
     Returns:
         bool [B, n].
     """
-    width = 8 * x.dtype.itemsize
-    unsigned = jnp.dtype(f"uint{width}")
-    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    bins = 2**_DIGIT
     rows = jnp.arange(len(x), dtype=jnp.int32)[:, None]
-    passes = math.ceil((width - 2) / _DIGIT)  # the two highest bits of numbers up to one are 0
+    passes = math.ceil((jnp.finfo(x.dtype).nmant - jnp.finfo(x.dtype).minexp) / _DIGIT)
+    chosen, left_out = jnp.asarray(2, x.dtype), jnp.asarray(-1, x.dtype)
 
-    def settle(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        threshold, wanted, _ = state
-        shift = (_DIGIT * (passes - 1 - i)).astype(unsigned)
-        rest = bits >> shift
-        agree = rest >> _DIGIT == (threshold >> shift >> _DIGIT)[:, None]
-        place = (rows << _DIGIT) + (rest & (2**_DIGIT - 1)).astype(jnp.int32)
-        place = jnp.where(agree, place, len(x) << _DIGIT).reshape(-1)
-        counts = jnp.zeros(len(x) << _DIGIT, jnp.int32).at[place].add(1, mode="drop")
-        digit, wanted, equal = _nth(counts.reshape(len(x), -1), wanted)
-        return threshold | (digit.astype(unsigned) << shift), wanted, equal
+    def ambiguous(state: tuple[Array, Array, Array, Array]) -> Array:
+        i, _, wanted, equal = state
+        return (i < passes) & jnp.any((equal > wanted) & (wanted > 0))
 
-    start = jnp.zeros(len(x), unsigned), count, count
-    threshold, wanted, equal = jax.lax.fori_loop(0, passes, settle, start)
-    threshold = threshold[:, None]
+    def settle(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        i, rest, wanted, _ = state
+        open_ = (rest >= 0) & (rest <= 1)
+        digit = jnp.minimum((rest * bins).astype(jnp.int32), bins - 1)
+        place = jnp.where(open_, rows * bins + digit, bins * len(x)).reshape(-1)
+        counts = jnp.zeros(bins * len(x), jnp.int32).at[place].add(1, mode="drop")
+        last, wanted, equal = _nth(counts.reshape(len(x), -1), wanted)
+        settled = jnp.where(digit > last[:, None], chosen, left_out)
+        further = jnp.where(digit == last[:, None], rest * bins - digit.astype(x.dtype), settled)
+        return i + 1, jnp.where(open_, further, rest), wanted, equal
 
-    def exact(_: None) -> Array:
-        return bits >= threshold
+    start = jnp.int32(0), x, count, jnp.full_like(count, x.shape[1] + 1)
+    _, rest, wanted, equal = jax.lax.while_loop(ambiguous, settle, start)
 
     def shared(_: None) -> Array:
-        same = bits == threshold
-        place = jnp.cumsum(same[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
-        return (bits > threshold) | (same & (place <= wanted[:, None]))
+        open_ = (rest >= 0) & (rest <= 1)
+        place = jnp.cumsum(open_[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+        return (rest == chosen) | (open_ & (place <= wanted[:, None]))
 
-    return jax.lax.cond(jnp.any(equal > wanted), shared, exact, None)
+    return jax.lax.cond(jnp.any(equal > wanted), shared, lambda _: rest >= 0, None)
 
 
 def _nth(counts: Array, n: Array) -> tuple[Array, Array, Array]:
@@ -252,7 +258,7 @@ def _noise(key: Key, shape: tuple[int, ...]) -> Array:
 
     The words are most of the work of FMix, and the logarithm in `jax.random.normal` the rest.
     """
-    words = jax.random.bits(key, shape[:-1], jnp.uint32)
+    words = random.bits(key, shape[:-1])
     index = jax.lax.bitcast_convert_type(words, jnp.uint16).astype(jnp.int32)
     return jnp.asarray(_quantiles()).at[index].get(mode="promise_in_bounds")
 
@@ -298,18 +304,17 @@ def fmix(
     check_alpha(alpha)
     _check((1,), mode, decay, max_soft)
 
-    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
-        lam_key, noise_key, ceil_key = jax.random.split(key, 3)
+    def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
         shape = shape[1:-1]
-        lam = beta(lam_key, alpha, (n,), tilted=reformulate)
-        noise = _noise(noise_key, (n, *noise_shape(shape, mode)))
-        ceil = jax.random.bernoulli(ceil_key, 0.5, (n,))
+        lam = beta(u[1:], alpha, tilted=reformulate)
+        noise = _noise(key, (u.shape[1], *noise_shape(shape, mode)))
         grey = jax.vmap(lambda noise: fmix_grey(noise, shape, decay=decay, mode=mode))(noise)
-        return {"lam": lam, "mask": binarise(grey, lam, max_soft=max_soft, ceil=ceil)}
+        return {"lam": lam, "mask": binarise(grey, lam, max_soft=max_soft, ceil=u[0] < 0.5)}
 
     return mixed_sample(
         decide,
         blend_by_mask,
+        uniforms=1 + num_uniforms(alpha, tilted=reformulate),
         per_batch=per_batch,
         prob=prob,
         pairing=pairing,

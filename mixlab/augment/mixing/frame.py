@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab import random
 from mixlab.augment import targets
 from mixlab.augment.core import (
     Augmentation,
@@ -23,7 +24,7 @@ from mixlab.augment.core import (
 from mixlab.spec import nearest
 from mixlab.types import Array, Batch, Key, Plan
 
-Decide = Callable[[Key, int, tuple[int, ...]], Plan]
+Decide = Callable[[Array, tuple[int, ...], Key], Plan]
 
 
 class Mixed(NamedTuple):
@@ -47,7 +48,12 @@ class Mixed(NamedTuple):
 Blend = Callable[[Plan, Array, Array], Mixed]
 
 
-def beta(key: Key, alpha: float, shape: tuple[int, ...], *, tilted: bool = False) -> Array:
+def num_uniforms(alpha: float, *, tilted: bool = False) -> int:
+    """How many uniform numbers `beta` makes one of."""
+    return tilted + (0 if alpha == 0.0 else 1 if alpha == 1.0 else 2)
+
+
+def beta(u: Array, alpha: float, *, tilted: bool = False) -> Array:
     """Draws from Beta(alpha, alpha), or Beta(alpha + 1, alpha) if `tilted`, in closed form.
 
     With U, V uniform, S = U^(-1/alpha) - 1 and c = cos(2 pi V), the variable
@@ -58,29 +64,24 @@ def beta(key: Key, alpha: float, shape: tuple[int, ...], *, tilted: bool = False
     and 1 - x otherwise, gives.
 
     Args:
-        key: PRNG key.
+        u: `[num_uniforms(alpha, tilted), ...]`, uniform in [0, 1).
         alpha: shape parameter, positive, or zero for the constant 1.
-        shape: shape of the result.
         tilted: draw from Beta(alpha + 1, alpha).
 
     Returns:
-        float32 in [0, 1].
+        float32 [...] in [0, 1].
     """
     if alpha == 0.0:
-        return jnp.ones(shape, jnp.float32)
-    draws = jax.random.uniform(
-        key, (3 if tilted else 1 if alpha == 1.0 else 2, *shape), jnp.float32
-    )
-    x = u = draws[0]
+        return jnp.ones(u.shape[1:], jnp.float32)
+    x = u[0]
     if alpha != 1.0:
-        v = draws[1]
-        s = jnp.expm1(-jnp.log1p(-u) / alpha)
-        c = jnp.cos(2.0 * jnp.pi * v)
+        s = jnp.expm1(-jnp.log1p(-x) / alpha)
+        c = jnp.cos(2.0 * jnp.pi * u[1])
         # The bounds keep 0 / 0 and infinity / infinity out; both lie beyond float32's resolution.
         r = jnp.sqrt(1.0 + 1.0 / jnp.clip(s * jnp.square(c), 1e-30, 1e30))
         tail = (r - 1.0) / (2.0 * r)
         x = jnp.where(c < 0, tail, 1.0 - tail)
-    return jnp.where(draws[2] < x, x, 1.0 - x) if tilted else x
+    return jnp.where(u[-1] < x, x, 1.0 - x) if tilted else x
 
 
 def check_alpha(alpha: float) -> None:
@@ -91,17 +92,10 @@ def check_alpha(alpha: float) -> None:
         )
 
 
-def _coin(key: Key, prob: float, n: int) -> Array:
-    """Draws bool [n]; certainty costs no random numbers."""
-    if prob == 1.0:
-        return jnp.ones(n, bool)
-    return jax.random.uniform(key, (n,), jnp.float32) < prob
-
-
-def _partners(key: Key, size: int, pairing: str) -> Array:
+def _partners(words: Array, size: int, pairing: str) -> Array:
     match pairing:
         case "permutation":
-            return jax.random.permutation(key, size).astype(jnp.int32)
+            return jnp.argsort(words, stable=False).astype(jnp.int32)
         case "flip" | "pair" | "half":
             return jnp.arange(size, dtype=jnp.int32)[::-1]
         case _:
@@ -112,6 +106,7 @@ def mixed_sample(
     decide: Decide,
     blend: Blend,
     *,
+    uniforms: int,
     per_batch: bool,
     prob: float,
     pairing: str,
@@ -123,8 +118,10 @@ def mixed_sample(
     Masks, boxes and keypoints are mixed along, see `targets`.
 
     Args:
-        decide: `(key, n, image shape) -> plan`, `n` draws along the leading axis, `lam` among them.
+        decide: `(u, image shape, key) -> plan` of n decisions, `lam` among them; `u` is uniform
+            in [0, 1), float32 [uniforms, n], and the key for what needs other numbers.
         blend: `(plan, image, partner image) -> Mixed`.
+        uniforms: how many uniform numbers a decision takes.
         per_batch: one draw for the batch, which all examples share, instead of one an example.
         prob: probability that an example (or the batch) is mixed at all.
         pairing: `"permutation"`: a random permutation, fixed points allowed; `"flip"`: example i
@@ -153,13 +150,17 @@ def mixed_sample(
         size = image.shape[0]
         paired = pairing in ("pair", "half") and not per_batch
         draws = 1 if per_batch else half_of(size) if paired else size
-        pair_key, use_key, plan_key = jax.random.split(key, 3)
-        plan = decide(plan_key, draws, image.shape)
-        plan["use"] = _coin(use_key, prob, draws)
+        # One call for all: on a CPU a call costs as much as many numbers. Where all are mixed there
+        # is no coin. The folded number is none of the counters that the call goes through.
+        ordered, tossed = size * (pairing == "permutation"), prob < 1.0
+        words = random.bits(key, (ordered + draws * (uniforms + tossed),))
+        u = random.unit(words[ordered:]).reshape(-1, draws)
+        plan = decide(u[tossed:], image.shape, jax.random.fold_in(key, 2**32 - 1))
+        plan["use"] = u[0] < prob if tossed else jnp.ones(draws, bool)
         if paired:
             plan = {name: mirrored(x, size) for name, x in plan.items()}
         plan = {name: jnp.broadcast_to(x, (size, *x.shape[1:])) for name, x in plan.items()}
-        return {"partner": _partners(pair_key, size, pairing), **plan}
+        return {"partner": _partners(words[:ordered], size, pairing), **plan}
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         image, label = image_of(batch, ranks=ranks), soft_label_of(batch)
@@ -265,9 +266,9 @@ def mixup(
     """
     check_alpha(alpha)
 
-    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
-        del shape
-        return {"lam": beta(key, alpha, (n,))}
+    def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
+        del shape, key
+        return {"lam": beta(u, alpha)}
 
     def blend(plan: Plan, image: Array, partner: Array) -> Mixed:
         lam = lam_of(plan, image)
@@ -275,7 +276,13 @@ def mixup(
         return Mixed(lerp(weight, image, partner), lam, weight[..., 0])
 
     return mixed_sample(
-        decide, blend, per_batch=per_batch, prob=prob, pairing=pairing, ranks=(3, 4, 5)
+        decide,
+        blend,
+        uniforms=num_uniforms(alpha),
+        per_batch=per_batch,
+        prob=prob,
+        pairing=pairing,
+        ranks=(3, 4, 5),
     )
 
 

@@ -1,11 +1,17 @@
 """Mixing by drawn shapes: SmoothMix through a soft disc, GridMix through a grid of holes."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab import random
 from mixlab.augment.core import Augmentation
-from mixlab.augment.mixing.frame import beta, blend_by_mask, check_alpha, mixed_sample
+from mixlab.augment.mixing.frame import (
+    beta,
+    blend_by_mask,
+    check_alpha,
+    mixed_sample,
+    num_uniforms,
+)
 from mixlab.types import Array, ArrayLike, Key, Plan
 
 Range = float | tuple[float, float]
@@ -69,16 +75,18 @@ def smoothmix(
     if low == 0.0:
         raise ValueError(f"spread must be positive, got {spread!r}")
 
-    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
+    def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
+        del key
         size = (shape[1], shape[2])
-        center_key, sigma_key = jax.random.split(key)
-        center = jax.random.randint(center_key, (n, 2), 0, jnp.asarray(size, jnp.int32), jnp.int32)
-        sigma = jax.random.uniform(sigma_key, (n,), minval=low, maxval=high)
+        center = random.whole_number(u[:2].T, size)
+        sigma = low + (high - low) * u[2]
         mask = smoothmix_mask(center, sigma * float(np.sqrt(size[0] * size[1])), size)
         share = jnp.mean(mask, axis=(1, 2))
         return {"mask": mask, "lam": 1.0 - share if swapped_label else share}
 
-    return mixed_sample(decide, blend_by_mask, per_batch=per_batch, prob=prob, pairing=pairing)
+    return mixed_sample(
+        decide, blend_by_mask, uniforms=3, per_batch=per_batch, prob=prob, pairing=pairing
+    )
 
 
 def gridmix_mask(
@@ -192,23 +200,29 @@ def gridmix(
         "cut_aspect": _range("cut_aspect", cut_aspect, 1e-3, 1e3),
     }
 
-    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
-        lam_key, corner_key, holes_key, *keys = jax.random.split(key, 6)
+    def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
+        del key
         drawn = {
-            name: jax.random.uniform(k, (n,), minval=low, maxval=high)
-            for k, (name, (low, high)) in zip(keys, bounds.items(), strict=True)
+            name: low + (high - low) * share
+            for share, (name, (low, high)) in zip(u[3:6], bounds.items(), strict=True)
         }
         mask = gridmix_mask(
-            beta(lam_key, alpha, (n,)),
-            jax.random.uniform(corner_key, (n, 2)),
+            beta(u[6:], alpha),
+            u[:2].T,
             (shape[1], shape[2]),
-            holes=jax.random.randint(holes_key, (n,), int(fewest), int(most) + 1, jnp.int32),
+            holes=random.whole_number(u[2], int(most) + 1 - int(fewest)) + int(fewest),
             **drawn,
         ).astype(jnp.float32)
         return {"mask": mask, "lam": jnp.mean(mask, axis=(1, 2))}
 
     return mixed_sample(
-        decide, blend_by_mask, per_batch=per_batch, prob=prob, pairing=pairing, whole=True
+        decide,
+        blend_by_mask,
+        uniforms=6 + num_uniforms(alpha),
+        per_batch=per_batch,
+        prob=prob,
+        pairing=pairing,
+        whole=True,
     )
 
 

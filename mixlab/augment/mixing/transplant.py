@@ -41,12 +41,12 @@ def transplant(
     """
     left_out = (exclude,) if isinstance(exclude, int) else tuple(exclude)
 
-    def decide(key: Key, n: int, shape: tuple[int, ...]) -> Plan:
-        del shape
-        return {"which": jax.random.uniform(key, (n,), jnp.float32)}
+    def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
+        del shape, key
+        return {"which": u[0]}
 
     frame = mixed_sample(
-        decide, blend_by_mask, per_batch=False, prob=prob, pairing=pairing, whole=True
+        decide, blend_by_mask, uniforms=1, per_batch=False, prob=prob, pairing=pairing, whole=True
     )
 
     def sample(key: Key, batch: Batch) -> Plan:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import Augmentation, along_batch, image_of, working_dtype
-from mixlab.augment.mixing.frame import beta, check_alpha
+from mixlab.augment.mixing.frame import beta, check_alpha, num_uniforms
 from mixlab.augment.ops.geometric import Fill
 from mixlab.augment.policies.randaugment import check_deviation, spread
 from mixlab.augment.policies.spaces import (
@@ -163,7 +163,8 @@ def augmix(
             drawn = jax.random.randint(keys[3], (n, width, 1), 1, 4, jnp.int32)
             plan["use"] = jnp.arange(3, dtype=jnp.int32) < drawn
         plan["weights"] = dirichlet(keys[4], alpha, (n, width))
-        plan["lam"] = beta(keys[5], alpha, (n,))
+        u = jax.random.uniform(keys[5], (num_uniforms(alpha), n), jnp.float32)
+        plan["lam"] = beta(u, alpha)
         return {name: jnp.broadcast_to(x, (size, *x.shape[1:])) for name, x in plan.items()}
 
     def apply(plan: Plan, batch: Batch) -> Batch:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab import random
 from mixlab.augment import targets
 from mixlab.augment.core import Augmentation, check_probability, image_of
 from mixlab.augment.ops.geometric import Fill
@@ -82,7 +83,7 @@ def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
         op, strength, prob = plan.pop("op"), plan.pop("strength"), plan.pop("prob")
         strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32), op.shape)
         plan |= space.decide(space_key, op, strength, (image.shape[1], image.shape[2]))
-        plan["use"] = jax.random.uniform(use_key, op.shape) < jnp.asarray(prob, jnp.float32)
+        plan["use"] = random.uniform(use_key, op.shape) < jnp.asarray(prob, jnp.float32)
         return {
             name: jnp.broadcast_to(x, (image.shape[0], *x.shape[1:])) for name, x in plan.items()
         }
@@ -102,7 +103,7 @@ def spread(
     """Strengths around `magnitude`, clipped to 0..bound; an infinite deviation: U(0, magnitude)."""
     level = jnp.broadcast_to(jnp.asarray(magnitude, jnp.float32), shape)
     if deviation == np.inf:
-        level = level * jax.random.uniform(key, shape, jnp.float32)
+        level = level * random.uniform(key, shape)
     elif deviation > 0.0:
         level = level + deviation * jax.random.normal(key, shape, jnp.float32)
     return jnp.clip(level, 0.0, bound)
@@ -275,7 +276,7 @@ def random_ops(
     def draw(key: Key, n: int) -> Plan:
         op_key, level_key = jax.random.split(key)
         if weights is None:
-            op = jax.random.randint(op_key, (n, num_ops), 0, len(names), jnp.int32)
+            op = random.whole_number(random.uniform(op_key, (n, num_ops)), len(names))
         else:
             # The highest of these scores, in their order, are a weighted draw without replacement.
             noise = jax.random.gumbel(op_key, (n, len(names)), jnp.float32)
@@ -310,7 +311,7 @@ def trivialaugment(
     """
 
     def strength(key: Key, shape: tuple[int, ...]) -> Array:
-        return jax.random.randint(key, shape, 0, 31, jnp.int32).astype(jnp.float32)
+        return random.whole_number(random.uniform(key, shape), 31).astype(jnp.float32)
 
     return random_ops(WIDE.sampled(interpolation, fill), 1, strength, per_batch=per_batch)
 
@@ -331,4 +332,4 @@ def three_augment(*, per_batch: bool = False) -> Augmentation:
 
     Source: Touvron et al., "DeiT III", 2022, section 3.
     """
-    return random_ops(_THREE, 1, jax.random.uniform, per_batch=per_batch)
+    return random_ops(_THREE, 1, random.uniform, per_batch=per_batch)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab import random
 from mixlab.augment import ops
 from mixlab.augment.ops import google
 from mixlab.augment.ops.blur import gaussian_blur
@@ -102,12 +103,12 @@ class Space:
             and `center` (int32 [..., 2], row and column of cutout's centre).
         """
         sign_key, spline_key, center_key = jax.random.split(key, 3)
-        sign = jnp.where(jax.random.uniform(sign_key, op.shape) < 0.5, -1.0, 1.0)
+        sign = jnp.where(random.uniform(sign_key, op.shape) < 0.5, -1.0, 1.0)
         stacked = jnp.stack(list(self.arguments(strength, sign, size).values()), axis=-1)
         argument = jnp.take_along_axis(stacked, op[..., None], axis=-1)[..., 0]
         plan: Plan = {"op": op, "argument": argument}
         if self.interpolation == "random":
-            plan["bicubic"] = jax.random.uniform(spline_key, op.shape) < 0.5
+            plan["bicubic"] = random.uniform(spline_key, op.shape) < 0.5
         if "cutout" in self.rules:
             plan["center"] = jax.random.randint(
                 center_key, (*op.shape, 2), 0, jnp.asarray(size, jnp.int32), jnp.int32
