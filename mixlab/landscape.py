@@ -74,8 +74,8 @@ def measure(
     # triangle L of edges edges^T = L L^T holds their coordinates in an orthonormal basis.
     edges = [_minus(model, first) for model in others]
     products = np.array([[_dot(a, b) for b in edges] for a in edges])
-    sine2 = 1 - products[0, 1] ** 2 / max(products[0, 0] * products[1, 1], 1e-300)
-    if sine2 < 1e-6:
+    # The determinant is that of perpendicular edges times the squared sine of their angle.
+    if np.linalg.det(products) <= 1e-6 * products[0, 0] * products[1, 1]:
         raise ValueError(f"the models {', '.join(models)} lie on a line and span no plane")
     lower = np.linalg.cholesky(products)
 

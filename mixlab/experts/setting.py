@@ -174,7 +174,7 @@ def trained(config: ConfigDict, seed: int, setting: Setting, folder: Path) -> li
                 )
             return trees.unstack(stacked)
         fit = _fitter(config, seed, setting)
-        base = fit(setting.init(key), setting.plain, config.pretrain_steps, stream=0)
+        base = fit(jax.jit(setting.init)(key), setting.plain, config.pretrain_steps, stream=0)
         experts = [
             fit(base, examples, config.tune_steps, stream=1 + i)
             for i, examples in enumerate(setting.train)

@@ -58,8 +58,6 @@ def grams(models):
     return {
         "grams": [{"dense": {"kernel": jnp.asarray(x.T @ x, jnp.float32)}} for x in inputs],
     }
-
-
 def router_weights(models):
     return {"router_weights": [0.2, 0.5, 0.3]}
 
