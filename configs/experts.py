@@ -75,7 +75,8 @@ def get_config(variant: str = "mnist5k") -> ConfigDict:
         )
     else:
         config.train_split = "train[:40%]"
-        config.validation = 0.05
+        config.validation = 0.025
+        config.image_size = 16
         config.test_split = "test[:20%]"
         config.preprocess = "normalize(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))"
         config.tasks = tuple(
@@ -86,7 +87,7 @@ def get_config(variant: str = "mnist5k") -> ConfigDict:
         config.pretrain_steps = 100
         config.tune_steps = 200
     config.methods = METHODS
-    config.pair_methods = PAIR_METHODS
+    config.pair_methods = PAIR_METHODS if variant == "mnist5k" else ()
     config.marks = (
         "average",
         "task_arithmetic(scale=0.5)",

@@ -23,13 +23,14 @@ from mixlab.types import Array, PyTree
 def default_config() -> ConfigDict:
     """Every field of the experiment, with its default. `configs/experts.py` starts from here."""
     config = ConfigDict()
-    config.seeds = (0, 1, 2)  # of initialisation, order, held-out examples, permuted pixels, draws
+    config.seeds = (0, 1, 2)  # of initialisation, order, held-out examples, methods that draw
     # Data: see mixlab.data.load.
     config.data = "mnist5k"
     config.train_split = "train"
     config.test_split = "test"
     config.data_dir = config_dict.placeholder(str)
     config.download = True
+    config.image_size = config_dict.placeholder(int)
     config.validation = 0.1  # of the training split: held out to choose `scales` on
     config.preprocess = "to_float"
     # Tasks: see TASKS. A task's accuracy is among its own classes, as if each had its own head.
@@ -42,13 +43,13 @@ def default_config() -> ConfigDict:
     config.pretrain_steps = 300
     config.tune_steps = 200  # of each expert; training on all tasks together takes all of them
     # Merging: see mixlab.merge.
-    config.methods = tuple(name for name in merge.METHODS)
+    config.methods = ("average", "task_arithmetic(scale=0.3)", "ties(density=0.2)")
     config.pair_methods = ()  # run on every pair of experts
     config.measured_examples = 100  # of each expert's training data: Fishers, Gram matrices
     config.scales = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
     # The picture: three tasks, and methods that are marked in the plane of their experts.
     config.plane = (0, 1, 2)
-    config.marks = ("average", "task_arithmetic")
+    config.marks = ("average", "task_arithmetic(scale=0.3)")
     config.plane_examples = 100  # of each task's test examples
     return config
 

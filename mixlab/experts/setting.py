@@ -87,7 +87,13 @@ def prepare(config: ConfigDict, seed: int) -> Setting:
         ValueError: a field cannot be used.
     """
     train_set, test_set = (
-        data.load(config.data, split, data_dir=config.data_dir, download=config.download)
+        data.load(
+            config.data,
+            split,
+            data_dir=config.data_dir,
+            download=config.download,
+            image_size=config.image_size,
+        )
         for split in (config.train_split, config.test_split)
     )
     if not (train_set.in_memory and test_set.in_memory):
