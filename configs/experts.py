@@ -90,8 +90,8 @@ def get_config(variant: str = "mnist5k") -> ConfigDict:
     config.pair_methods = PAIR_METHODS if variant == "mnist5k" else ()
     config.marks = (
         "average",
-        "task_arithmetic(scale=0.5)",
-        "ties(density=0.2, scale=1.0)",
+        "task_arithmetic(0.5)",
+        "ties(0.2)",
         "fisher",
         "regmean",
     )

@@ -56,7 +56,8 @@ def measure(
         margin: how far the grid goes beyond the models and marks, as a fraction of their extent.
 
     Raises:
-        ValueError: there are not three models, they differ in structure, or lie on a line.
+        ValueError: there are not three models, they differ in structure, or lie on a line; the
+            score is nowhere finite.
 
     Source: Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs",
     section 3 (the plane), but with the spacing the same on both axes.
@@ -113,6 +114,8 @@ def measure(
     x, y = (a + step * np.arange(round((b - a) / step) + 1) for a, b in zip(low, high, strict=True))
     weights = np.stack(np.meshgrid(x, y), axis=-1) @ np.linalg.inv(lower)
     values = [[float(score_at(jnp.asarray(w, jnp.float32))) for w in row] for row in weights]
+    if not np.any(np.isfinite(values)):
+        raise ValueError("the score is a finite number nowhere on the plane")
     return Landscape(x, y, np.array(values), corners, placed)
 
 

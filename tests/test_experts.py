@@ -182,3 +182,10 @@ def test_the_drawing_marks_every_model():
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["mean  1.36"]
     assert {text.get_text() for text in figure.axes[0].texts} == {"a", "b", "c"}
+
+
+def test_a_flat_landscape_is_drawn_and_one_without_numbers_is_an_error():
+    models = {"a": at(1, 1, 0), "b": at(4, 1, 0), "c": at(1, 3, 0)}
+    landscape.draw(lambda params: jnp.float32(0.5), models, points=2)
+    with pytest.raises(ValueError, match="finite number nowhere"):
+        landscape.draw(lambda params: jnp.float32(jnp.nan), models, points=2)
