@@ -33,20 +33,10 @@ MAY_IMPORT = {
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
     "experts": FOUNDATION
     | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
-    "bench": FOUNDATION | {"augment"},
+    "bench": FOUNDATION | {"augment", "merge"},
     "cli": FOUNDATION
-    | {
-        "agents",
-        "augment",
-        "bench",
-        "checkpoint",
-        "experts",
-        "figures",
-        "gallery",
-        "merge",
-        "report",
-        "train",
-    },
+    | {"agents", "augment", "merge", "train", "experts", "report", "checkpoint"}
+    | {"figures", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }

@@ -17,9 +17,18 @@ and None leaves are copied from the base, never averaged; `merge.report` tells w
 from mixlab import spec
 from mixlab.merge.adapters import apply_lora, extract_lora, merge_lora
 from mixlab.merge.averaging import average, ema, interpolate, running_average, swa
+from mixlab.merge.balancing import balance, pcb
+from mixlab.merge.compression import (
+    CompressedMasks,
+    compress,
+    compressed_sizes,
+    load_compressed,
+    save_compressed,
+)
 from mixlab.merge.core import MergeMethod
 from mixlab.merge.curvature import diagonal_fisher, fisher
 from mixlab.merge.flag_aggregator import flag
+from mixlab.merge.masks import MaskedVector, MaskMethod, consensus, emr, tall_masks
 from mixlab.merge.patterns import by_depth
 from mixlab.merge.regression import grams, regmean, regmean_plus_plus
 from mixlab.merge.reports import report, table
@@ -36,6 +45,7 @@ from mixlab.merge.robust import (
     trimmed_mean,
 )
 from mixlab.merge.rules import reconcile
+from mixlab.merge.selective import arcee_fusion, nearswap, ram, ram_plus, reinforce, threshold
 from mixlab.merge.soups import greedy_soup
 from mixlab.merge.spectral import iso_c, iso_cts, tsv
 from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
@@ -64,23 +74,6 @@ from mixlab.merge.task_vectors import (
     task_arithmetic,
     ties,
 )
-from mixlab.merge.averaging import average, interpolate
-from mixlab.merge.balancing import balance, pcb
-from mixlab.merge.compression import (
-    CompressedMasks,
-    compress,
-    compressed_sizes,
-    load_compressed,
-    save_compressed,
-)
-from mixlab.merge.core import MergeMethod
-from mixlab.merge.curvature import diagonal_fisher, fisher
-from mixlab.merge.masks import MaskedVector, MaskMethod, consensus, emr, tall_masks
-from mixlab.merge.reports import report, table
-from mixlab.merge.selective import arcee_fusion, nearswap, ram, ram_plus, reinforce, threshold
-from mixlab.merge.spherical import slerp
-from mixlab.merge.stages import Stage, TaskVectors, chain, elect_sign, reduce, rescale, trim, weigh
-from mixlab.merge.task_vectors import task_arithmetic, ties
 from mixlab.merge.twin import CompressedTwin, TwinMethod, twin
 
 __all__ = [
@@ -93,30 +86,28 @@ __all__ = [
     "MergeMethod",
     "Stage",
     "TaskVectors",
+    "TwinMethod",
     "apply_lora",
+    "arcee_fusion",
     "average",
+    "balance",
     "band",
     "breadcrumbs",
     "bulyan",
     "by_depth",
     "centered_clipping",
     "chain",
-    "dare",
-    "della",
-    "TwinMethod",
-    "arcee_fusion",
-    "average",
-    "balance",
-    "chain",
     "compress",
     "compressed_sizes",
     "consensus",
+    "dare",
+    "della",
     "diagonal_fisher",
     "drop",
     "elect_sign",
     "ema",
-    "extract_lora",
     "emr",
+    "extract_lora",
     "fisher",
     "flag",
     "fuse",
@@ -128,6 +119,7 @@ __all__ = [
     "iso_cts",
     "karcher",
     "krum",
+    "load_compressed",
     "magmax",
     "mask",
     "mda",
@@ -137,29 +129,24 @@ __all__ = [
     "model_stock",
     "multi_krum",
     "multislerp",
+    "nearswap",
     "nuslerp",
     "parse",
+    "pcb",
     "phocas",
+    "ram",
+    "ram_plus",
     "reconcile",
     "reduce",
     "regmean",
     "regmean_plus_plus",
-    "report",
-    "rescale",
-    "running_average",
-    "sce",
-    "select",
-    "load_compressed",
-    "nearswap",
-    "parse",
-    "pcb",
-    "ram",
-    "ram_plus",
-    "reduce",
     "reinforce",
     "report",
     "rescale",
+    "running_average",
     "save_compressed",
+    "sce",
+    "select",
     "slerp",
     "swa",
     "table",
@@ -177,13 +164,16 @@ __all__ = [
 METHODS = {
     method.__name__: method
     for method in (
+        arcee_fusion,
         average,
         breadcrumbs,
         bulyan,
         centered_clipping,
+        consensus,
         dare,
         della,
         ema,
+        emr,
         fisher,
         flag,
         geometric_median,
@@ -199,30 +189,21 @@ METHODS = {
         model_stock,
         multi_krum,
         multislerp,
+        nearswap,
         nuslerp,
+        pcb,
         phocas,
+        ram,
+        ram_plus,
         regmean,
         sce,
         slerp,
         swa,
+        tall_masks,
         task_arithmetic,
         ties,
         trimmed_mean,
         tsv,
-        arcee_fusion,
-        average,
-        consensus,
-        emr,
-        fisher,
-        interpolate,
-        nearswap,
-        pcb,
-        ram,
-        ram_plus,
-        slerp,
-        tall_masks,
-        task_arithmetic,
-        ties,
         twin,
     )
 }
@@ -230,8 +211,21 @@ METHODS = {
 
 STAGES = {
     stage.__name__: stage
-    for stage in (band, drop, elect_sign, fuse, mask, reduce, rescale, select, trim, weigh)
-    for stage in (balance, elect_sign, reduce, reinforce, rescale, threshold, trim, weigh)
+    for stage in (
+        balance,
+        band,
+        drop,
+        elect_sign,
+        fuse,
+        mask,
+        reduce,
+        reinforce,
+        rescale,
+        select,
+        threshold,
+        trim,
+        weigh,
+    )
 }
 """Every stage by its name."""
 

@@ -63,7 +63,7 @@ class CompressedMasks:
         def merge(name: str, origin: Array) -> Array:
             return masks.unmask(origin[0], self.vector[name], self.masks(name), self.rescalers)
 
-        return masks.write(opened, opened.leaves.map(merge).read, self.num_models)
+        return opened.write(opened.leaves.map(merge).read, self.num_models)
 
     def model(self, base: PyTree, task: ArrayLike) -> PyTree:
         """The model of one task, a number of 0 ... M - 1, which may be traced.

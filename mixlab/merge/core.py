@@ -32,13 +32,12 @@ class MergeMethod:
 
     Attributes:
         measure: the decisions.
-        combine: their application.
-        per_model: whether a model comes out for each that goes in, stacked `[M, ...]`.
+        combine: their application. Methods that make several models stack them: every leaf, the
+            copied ones included, has a leading axis.
     """
 
     measure: Callable[..., Plan]
     combine: Callable[..., PyTree]
-    per_model: bool = dataclasses.field(default=False, kw_only=True)
 
     def __call__(
         self,
@@ -76,8 +75,7 @@ class MergeMethod:
         given = rules.reconcile(models, base, on_mismatch)
         plan = self.measure(given.models, given.base, key, **inputs)
         merged = self.combine(plan, given.models, given.base)
-        num_models = open_models(given.models).leaves.num_models if self.per_model else None
-        whole = given.restore(merged, num_models)
+        whole = given.restore(merged, open_models(given.models, given.base).several(merged))
         if not report:
             return whole
         from mixlab.merge import reports  # it stands on this module
@@ -86,7 +84,6 @@ class MergeMethod:
             given.models,
             base=given.base,
             merged=merged,
-            per_model=self.per_model,
             notes=given.notes,
         )
 
@@ -174,15 +171,34 @@ class Models:
         first, *rest = (_loaded(values[i]) for i in range(self.leaves.num_models))
         return any(bool((x != first).any()) for x in rest)
 
-    def write(self, merged: Callable[[str], Array]) -> PyTree:
-        """A model of the leaves `merged(name)`, in the models' dtypes, and of the copied ones."""
-        leaves = [
-            merged(name).astype(spec.dtype)
-            if spec is not None and name in self.leaves.specs
-            else self.original(name)
-            for name, spec in self.specs.items()
-        ]
-        return jax.tree.unflatten(self.treedef, leaves)
+    def write(self, merged: Callable[[str], Array], several: int | None = None) -> PyTree:
+        """A model of the leaves `merged(name)`, in the models' dtypes, and of the copied ones.
+
+        Args:
+            merged: gives a leaf `[...]`, or `[several, ...]`.
+            several: how many models the merged leaves hold, stacked, where they hold several;
+                copied leaves are then repeated.
+        """
+
+        def leaf_of(name: str, spec: LeafSpec | None) -> Any:
+            if spec is not None and name in self.leaves.specs:
+                return merged(name).astype(spec.dtype)
+            leaf = self.original(name)
+            if several is None or leaf is None:
+                return leaf
+            return (jnp if isinstance(leaf, jax.Array) else np).stack([leaf] * several)
+
+        return jax.tree.unflatten(
+            self.treedef, [leaf_of(name, spec) for name, spec in self.specs.items()]
+        )
+
+    def several(self, merged: PyTree) -> int | None:
+        """How many models `merged` holds along a leading axis; None if it is one model."""
+        for name, leaf in trees.named_leaves(merged):
+            spec = self.specs.get(name)
+            if spec is not None and np.ndim(leaf) == len(spec.shape) + 1:
+                return int(np.shape(leaf)[0])
+        return None
 
 
 def open_models(models: PyTree, base: PyTree | None = None) -> Models:

@@ -235,7 +235,7 @@ def _mask_method(
             return unmask(origin, *masked(plan, name, stacked, origin), factors)
 
         num_models = None if one_model else opened.leaves.num_models
-        return write(opened, opened.leaves.map(merge).read, num_models)
+        return opened.write(opened.leaves.map(merge).read, num_models)
 
     def split(plan: Plan, models: PyTree, base: PyTree) -> MaskedVector:
         opened = core.open_models(models, base)
@@ -262,24 +262,6 @@ def unmask(origin: Array, vector: Array, masks: Array, rescalers: Array) -> Arra
     """
     factors = rescalers.astype(vector.dtype).reshape(*rescalers.shape, *[1] * vector.ndim)
     return origin + factors * jnp.where(masks, vector, 0)
-
-
-def write(opened: core.Models, merged: Callable[[str], Array], num_models: int | None) -> PyTree:
-    """`opened.write`, of `num_models` stacked models where that is not None.
-
-    A model's structure then has a leading axis in every leaf, the copied ones included.
-    """
-    model = opened.write(merged)
-    if num_models is None:
-        return model
-
-    def repeat(name: str, leaf: Array) -> Array | np.ndarray | None:
-        if leaf is None or name in opened.leaves.specs:
-            return leaf
-        numpy = jnp if isinstance(leaf, jnp.ndarray) else np
-        return numpy.stack([leaf] * num_models)
-
-    return trees.map_named(repeat, model)
 
 
 def check_leaves(table: dict[str, Array], opened: core.Models) -> None:

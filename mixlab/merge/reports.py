@@ -16,7 +16,6 @@ def report(
     *,
     base: PyTree | None = None,
     merged: PyTree | None = None,
-    per_model: bool = False,
     notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measures models leaf by leaf: how far they moved, and how far they agree.
@@ -26,8 +25,7 @@ def report(
     Args:
         models: M models, a list or one stacked tree.
         base: the model that they were fine-tuned from.
-        merged: what became of them.
-        per_model: whether `merged` holds a model for each of them, stacked.
+        merged: what became of them: one model, or several stacked.
         notes: what else is to be said of a leaf, by name.
 
     Returns:
@@ -36,7 +34,7 @@ def report(
         models from each other; `conflict`, the fraction of entries where one is positive and
         another negative; `size`, the number of entries; `not_finite`, how many entries of all the
         models are infinite or NaN; and with `merged` also `merged_norm` of its task vector (a list
-        if `per_model`), `kept`, the fraction of its entries that are not zero, and
+        of several), `kept`, the fraction of its entries that are not zero, and
         `merged_not_finite`. `"copied"`, by name: whether the models differ in a leaf that was
         copied, not merged. `"notes"` as they were given.
 
@@ -47,7 +45,8 @@ def report(
     opened = core.open_models(models, base)
     results = None
     if merged is not None:
-        results = core.open_models(merged if per_model else [merged], opened.template).leaves
+        is_one = opened.several(merged) is None
+        results = core.open_models([merged] if is_one else merged, opened.template).leaves
 
     def row(name: str, stacked: Array) -> dict[str, Any]:
         core.check_real(name, stacked.dtype, "report")
@@ -57,7 +56,7 @@ def report(
         numbers = _measure(stacked, origin)
         if results is not None:
             of_merged = _measure(results.read(name), origin)
-            numbers["merged_norm"] = of_merged["norm"] if per_model else of_merged["norm"][0]
+            numbers["merged_norm"] = of_merged["norm"][0] if is_one else of_merged["norm"]
             numbers["kept"] = of_merged["nonzero"]
             numbers["merged_not_finite"] = of_merged["not_finite"]
         del numbers["nonzero"]

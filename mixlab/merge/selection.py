@@ -1,12 +1,16 @@
 """The exact k-th smallest magnitude of a model, by counting.
 
-A non-negative float orders like the integer of the same bits. So the k-th smallest is found digit
-by digit: count the entries by their highest 16 bits, pick the bin that holds the k-th, and look
-at the next 16 bits of that bin only. A count is a sum over leaves, so the models are never
-sorted, copied or held together; float32 takes two sweeps over the leaves, float64 four.
+A non-negative float orders like the integer of the same bits. So the k-th smallest is found by
+bisection over integers, with seven edges at a time instead of one: a sweep over the leaves counts
+how many entries lie below each edge, and the answer stays between two of them. A sorted sample
+tells where to lay the first edges, and from then on the counts tell it: three or four sweeps are
+enough for a large model; where such a guess fails, the next sweep narrows the bracket by eight,
+whatever the data. A count is a sum over leaves, so the models are never sorted, copied or held
+together.
 """
 
-import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,34 @@ import numpy as np
 from mixlab.merge.core import Leaves
 from mixlab.types import Array, ArrayLike
 
-_DIGIT = 16
+_BINS = 8
+"""Into how many bins a sweep counts: as many as a 32-bit word has half-bytes."""
+_SAMPLE = 2**14
+"""About how many entries of a model are sorted for the first guess."""
+_DEVIATIONS = 4.0
+"""Half the width of a guess in standard deviations of what is guessed."""
+_SMALL = 2**12
+"""Leaves up to this size are counted in the way that compiles fast, others in the fast one."""
+
+
+class _Bracket(NamedTuple):
+    """Where the answers are, as integers of the floats' bits; every field is `[M]`.
+
+    Attributes:
+        low: at most the answer.
+        high: above the answer.
+        below_low: how many entries are below `low`.
+        below_high: how many entries are below `high`.
+        first: the first edge of the next sweep.
+        shift: the edges are `2**shift` apart.
+    """
+
+    low: Array
+    high: Array
+    below_low: Array
+    below_high: Array
+    first: Array
+    shift: Array
 
 
 def kth_smallest(magnitudes: Leaves, k: ArrayLike) -> Array:
@@ -32,43 +63,160 @@ def kth_smallest(magnitudes: Leaves, k: ArrayLike) -> Array:
     Raises:
         ValueError: there are more entries than a 32-bit counter holds.
     """
-    if magnitudes.size >= 2**32:
+    size, num_models = magnitudes.size, magnitudes.num_models
+    if size >= 2**32:
         raise ValueError(
-            f"a model of {magnitudes.size} entries is too large to count in 32 bits; "
+            f"a model of {size} entries is too large to count in 32 bits; "
             'select leaf by leaf (scope="leaf")'
         )
     is_double = any(jnp.finfo(spec.dtype).bits == 64 for spec in magnitudes.specs.values())
     word, number = (jnp.uint64, jnp.float64) if is_double else (jnp.uint32, jnp.float32)
-    num_models = magnitudes.num_models
+    if size == 0:
+        return jnp.zeros(num_models, number)
 
-    # How many entries must lie below the answer, within the bin that is looked at.
+    def as_words(name: str, x: Array) -> Array:
+        return jnp.stack(
+            [jax.lax.bitcast_convert_type(row.astype(number), word).reshape(-1) for row in x]
+        )
+
+    words = magnitudes.map(as_words)
     clip = jnp.clip if isinstance(k, jax.Array) else np.clip
-    below = jnp.asarray(clip(k, 1, max(magnitudes.size, 1)) - 1).astype(jnp.uint32)
-    below = jnp.broadcast_to(below, (num_models,))
-    prefix = jnp.zeros(num_models, word)
-    for shift in range(jnp.iinfo(word).bits - _DIGIT, -1, -_DIGIT):
+    rank = jnp.asarray(clip(k, 1, size) - 1, jnp.uint32)
 
-        def count(name: str, x: Array, prefix: Array = prefix, shift: int = shift) -> Array:
-            bits = jax.lax.bitcast_convert_type(x.astype(number), word)
-            return _count_digits(bits.reshape(num_models, -1), prefix, shift)
+    def sweep(bracket: _Bracket) -> _Bracket:
+        def count(name: str, x: Array) -> Array:
+            return jnp.stack(
+                [
+                    _count_below(row[None], bracket.first[i : i + 1], bracket.shift[i : i + 1])[0]
+                    for i, row in enumerate(x)
+                ]
+            )
 
-        zero = jnp.zeros((num_models, 2**_DIGIT), jnp.uint32)
-        cumulative = jnp.cumsum(magnitudes.total(count, zero), axis=1, dtype=jnp.uint32)
-        digit = jnp.argmax(cumulative > below[:, None], axis=1)
-        passed = jnp.take_along_axis(cumulative, jnp.maximum(digit - 1, 0)[:, None], axis=1)[:, 0]
-        below = below - jnp.where(digit > 0, passed, jnp.uint32(0))
-        prefix = (prefix << _DIGIT) | digit.astype(word)
-    return jax.lax.bitcast_convert_type(prefix, number)
+        zero = jnp.zeros((num_models, _BINS - 1), jnp.uint32)
+        return _narrow(bracket, words.total(count, zero), rank)
+
+    def unfinished(bracket: _Bracket) -> Array:
+        return jnp.any(bracket.high - bracket.low > 1)
+
+    return jax.lax.bitcast_convert_type(
+        _while(unfinished, sweep, _first_bracket(words, rank)).low, number
+    )
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _count_digits(bits: Array, prefix: Array, shift: int) -> Array:
-    """Counts by the digit at `shift` those `bits [M, n]` whose higher digits are `prefix [M]`."""
-    digit = ((bits >> shift) & (2**_DIGIT - 1)).astype(jnp.int32)
-    # Two shifts, because a shift by the full width of the word is undefined.
-    in_bin = ((bits >> shift) >> _DIGIT) == prefix[:, None]
-    # Entries of other bins go to an index past the end, which the scatter drops.
-    index = jnp.where(in_bin, digit, 2**_DIGIT)
-    counts = jnp.zeros((bits.shape[0], 2**_DIGIT), jnp.uint32)
-    row = jnp.arange(bits.shape[0])[:, None]
-    return counts.at[row, index].add(jnp.uint32(1), mode="drop")
+def _while(
+    unfinished: Callable[[_Bracket], Array], sweep: Callable[[_Bracket], _Bracket], start: _Bracket
+) -> _Bracket:
+    """Sweeps to the end; outside of `jit` in Python, so that leaves can come from a file."""
+    if not any(isinstance(x, jax.core.Tracer) for x in start):
+        while unfinished(start):
+            start = sweep(start)
+        return start
+    pure, given = jax.closure_convert(sweep, start)
+
+    def body(bracket: _Bracket) -> _Bracket:
+        # Otherwise the compiler takes the task vectors, which no sweep changes, out of the loop:
+        # then all of them are in memory together.
+        held, bracket = jax.lax.optimization_barrier((given, bracket))
+        return pure(bracket, *held)
+
+    return jax.lax.while_loop(unfinished, body, start)
+
+
+def _first_bracket(words: Leaves, rank: Array) -> _Bracket:
+    """All that a float can be, and edges around the quantile of a sample."""
+    stride, position, parts = max(1, words.size // _SAMPLE), 0, []
+    for name, spec in words.specs.items():
+        parts.append(jnp.stack([w[-position % stride :: stride] for w in words.read(name)]))
+        position += int(np.prod(spec.shape))
+    sample = jnp.sort(jnp.concatenate(parts, axis=1), axis=1)
+    num = sample.shape[1]
+    share = (rank.astype(jnp.float32) + 0.5) / words.size
+    margin = _DEVIATIONS * jnp.sqrt(num * share * (1 - share)) if stride > 1 else 0.0
+
+    def at(place: Array) -> Array:
+        index = jnp.clip(place, 0, num - 1).astype(jnp.int32)
+        return sample[:, index]
+
+    from_, to = at(num * share - margin), at(num * share + margin)
+    zero = jnp.zeros(words.num_models, jnp.uint32)
+    high = jnp.full_like(from_, 1 << (_bits(from_) - 1))
+    shift = _log2((to - from_) // (_BINS - 2) + 1)
+    return _Bracket(jnp.zeros_like(from_), high, zero, zero + jnp.uint32(words.size), from_, shift)
+
+
+def _narrow(bracket: _Bracket, below: Array, rank: Array) -> _Bracket:
+    """The bracket after a sweep that found `below [M, 7]` entries below the edges."""
+    edges = _edges(bracket.first, bracket.shift)
+    passed = jnp.sum(below <= rank, axis=1, dtype=jnp.int32)
+
+    def pick(values: Array, i: Array) -> Array:
+        return jnp.take_along_axis(values, jnp.clip(i, 0, _BINS - 2)[:, None], axis=1)[:, 0]
+
+    raised = (passed > 0) & (pick(edges, passed - 1) > bracket.low)
+    low = jnp.where(raised, pick(edges, passed - 1), bracket.low)
+    below_low = jnp.where(raised, pick(below, passed - 1), bracket.below_low)
+    lowered = (passed < _BINS - 1) & (pick(edges, passed) < bracket.high)
+    high = jnp.where(lowered, pick(edges, passed), bracket.high)
+    below_high = jnp.where(lowered, pick(below, passed), bracket.below_high)
+
+    # Edges over the whole bracket narrow it by eight for certain.
+    width = high - low
+    shift = _log2((width - 1) // _BINS + 1)
+    first = low + (jnp.ones_like(low) << shift)
+    # Were the entries spread evenly within the bracket, the answer would be at `guess`, give or
+    # take `margin`. That is tried unless the last edges missed.
+    hit = raised & lowered & (width <= jnp.ones_like(low) << bracket.shift)
+    num = (below_high - below_low).astype(jnp.float32)
+    span = width.astype(jnp.float32)
+    guess = span * (((rank - below_low).astype(jnp.float32) + 0.5) / num)
+    margin = _DEVIATIONS / 2 * span / jnp.sqrt(num)
+    near = _log2((2 * margin / (_BINS - 2)).astype(low.dtype) + 1)
+    is_guess = hit & (near < shift)
+    first = jnp.where(is_guess, low + jnp.maximum(guess - margin, 1).astype(low.dtype), first)
+    return _Bracket(low, high, below_low, below_high, first, jnp.where(is_guess, near, shift))
+
+
+def _edges(first: Array, shift: Array) -> Array:
+    return first[:, None] + (jnp.arange(_BINS - 1, dtype=first.dtype) << shift[:, None])
+
+
+def _log2(x: Array) -> Array:
+    """The binary logarithm of a positive integer, rounded up."""
+    return jnp.asarray(_bits(x), x.dtype) - jax.lax.clz(x - 1)
+
+
+def _bits(x: Array) -> int:
+    return int(jnp.iinfo(x.dtype).bits)
+
+
+@jax.jit
+def _count_below(words: Array, first: Array, shift: Array) -> Array:
+    """How many of `words [M, n]` are below each edge, `[M, 7]`."""
+    num = words.shape[1] // 112 * 112 if words.shape[1] > _SMALL else 0
+    edges = _edges(first, shift)[:, :, None]
+    rest = jnp.sum(words[:, None, num:] < edges, axis=2, dtype=jnp.uint32)
+    return rest + _count_many(words[:, :num], first[:, None], shift[:, None]) if num else rest
+
+
+def _count_many(words: Array, first: Array, shift: Array) -> Array:
+    """The same for n a multiple of 112.
+
+    XLA makes vector instructions of sums of slices, on a CPU, but not of counts along an axis. So
+    seven slices at a time are counted, each entry as a one in one of the eight half-bytes of a
+    word; then sixteen slices of these words are added up, in bytes.
+    """
+
+    def one(x: Array) -> Array:
+        distance = (jnp.maximum(x, first) - first) >> shift
+        bin_ = jnp.where(x < first, 0, jnp.minimum(distance, _BINS - 2) + 1)
+        return jnp.uint32(1) << (4 * bin_.astype(jnp.uint32))
+
+    ones = sum(map(one, jnp.split(words, 7, axis=1)))
+    parts = jnp.split(ones, 16, axis=1)
+    even, odd = (sum((x >> by) & 0x0F0F0F0F for x in parts) for by in (0, 4))
+    counts = [
+        jnp.sum((half >> by) & 0xFF, axis=1, dtype=jnp.uint32)
+        for by in range(0, 32, 8)
+        for half in (even, odd)
+    ]
+    return jnp.cumsum(jnp.stack(counts[:-1], axis=1), axis=1, dtype=jnp.uint32)

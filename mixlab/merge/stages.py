@@ -76,35 +76,40 @@ def chain(*stages: Stage) -> core.MergeMethod:
     if not any(stage.reduces for stage in stages):
         raise ValueError(f"a chain needs a reduce to make one model of M, got {names}")
 
-    def task_vectors(models: PyTree, base: PyTree | None) -> tuple[core.Models, core.Leaves]:
-        opened = core.open_models(models, base)
+    def task_vectors(opened: core.Models, plan: Plan) -> core.Leaves:
+        """The task vectors after those stages that the plan has."""
         bases = core.with_base(opened, "a method on task vectors")
         ones = core.per_model(None, opened.leaves.num_models)
 
         def start(name: str, stacked: Array) -> TaskVectors:
-            return TaskVectors(stacked - bases.read(name), ones)
+            rows = list(stacked)
+            if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(plan)):
+                # Otherwise the compiler keeps all task vectors from one sweep to the next.
+                rows, _ = jax.lax.optimization_barrier((rows, plan))
+            origin = bases.read(name)
+            return TaskVectors(_each(lambda x: x - origin, rows), ones)
 
-        return opened, opened.leaves.map(start)
+        def apply(name: str, taus: TaskVectors) -> TaskVectors:
+            for made, stage in zip(plan, stages, strict=False):
+                taus = stage.apply(plan[made], name, taus)
+            return taus
 
-    def after(leaves: core.Leaves, stage: Stage, plan: Plan) -> core.Leaves:
-        num_models = 1 if stage.reduces else leaves.num_models
-        mapped = leaves.map(lambda name, taus: stage.apply(plan, name, taus))
-        return dataclasses.replace(mapped, num_models=num_models)
+        leaves = opened.leaves.map(start).map(apply)
+        reduced = any(stage.reduces for stage in stages[: len(plan)])
+        return dataclasses.replace(leaves, num_models=1) if reduced else leaves
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
-        _, leaves = task_vectors(models, base)
-        plan = {}
+        opened = core.open_models(models, base)
+        plan: Plan = {}
         for i, (name, stage) in enumerate(zip(names, stages, strict=True)):
             stage_key = None if key is None else jax.random.fold_in(key, i)
-            plan[name] = stage.measure(leaves, stage_key)
-            leaves = after(leaves, stage, plan[name])
+            plan = plan | {name: stage.measure(task_vectors(opened, plan), stage_key)}
         return plan
 
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
-        opened, leaves = task_vectors(models, base)
+        opened = core.open_models(models, base)
         bases = core.with_base(opened, "a method on task vectors")
-        for name, stage in zip(names, stages, strict=True):
-            leaves = after(leaves, stage, plan[name])
+        leaves = task_vectors(opened, {name: plan[name] for name in names})
         return opened.write(lambda name: bases.read(name) + leaves.read(name).values[0])
 
     return core.MergeMethod(measure, combine)
@@ -148,12 +153,16 @@ def trim(density: ArrayLike, *, scope: str = "model", exact: bool = False) -> St
 
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
         limit = plan["threshold"] if scope == "model" else plan["threshold"][name]
+        if not exact:
+            kept = _each(
+                lambda x, low: jnp.where(jnp.abs(x).astype(low.dtype) >= low, x, 0),
+                taus.values,
+                limit,
+            )
+            return taus._replace(values=kept)
         magnitude = jnp.abs(taus.values)
-        if exact:
-            count = jnp.maximum(_count(density, magnitude[0].size), 1)
-            keep = _reaches(magnitude, limit, count)
-        else:
-            keep = magnitude.astype(limit.dtype) >= _rows(limit, magnitude)
+        count = jnp.maximum(_count(density, magnitude[0].size), 1)
+        keep = _reaches(magnitude, limit, count)
         return taus._replace(values=jnp.where(keep, taus.values, 0))
 
     return Stage("trim", measure, apply)
@@ -374,9 +383,8 @@ def weigh(weights: ArrayLike | None, *, normalize: bool = False) -> Stage:
 
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
         w = plan["weights"]
-        return taus._replace(
-            values=taus.values * core.along_models(w, taus.values), weights=taus.weights * w
-        )
+        weighted = _each(lambda x, w: x * w.astype(x.dtype), taus.values, w)
+        return taus._replace(values=weighted, weights=taus.weights * w)
 
     return Stage("weigh", measure, apply)
 
@@ -426,18 +434,17 @@ def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
             return {"norms": norms, "undecided": jnp.ones((), jnp.int32)}
 
         def count(name: str, taus: TaskVectors) -> Array:
-            sign = vote(norms, name, taus.values)
-            return jnp.stack([jnp.sum(sign > 0), jnp.sum(sign < 0)]).astype(jnp.uint32)
+            # Wraps around only where one sign leads by 2^31 entries.
+            return jnp.sum(vote(norms, name, taus.values).astype(jnp.int32), dtype=jnp.int32)
 
-        plus, minus = leaves.total(count, jnp.zeros(2, jnp.uint32))
-        majority = (plus > minus).astype(jnp.int32) - (plus < minus).astype(jnp.int32)
+        majority = jnp.sign(leaves.total(count, jnp.zeros((), jnp.int32)))
         return {"norms": norms, "undecided": majority}
 
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
         sign = vote(plan["norms"], name, taus.values)
         sign = jnp.where(sign == 0, plan["undecided"].astype(sign.dtype), sign)
-        agree = jnp.where(sign > 0, taus.values > 0, taus.values < 0)
-        return taus._replace(values=jnp.where(agree, taus.values, 0), sign=sign)
+        agreed = _each(lambda x: jnp.where(jnp.where(sign > 0, x > 0, x < 0), x, 0), taus.values)
+        return taus._replace(values=agreed, sign=sign)
 
     return Stage("elect_sign", measure, apply)
 
@@ -474,9 +481,10 @@ def reduce(how: str = "sum") -> Stage:
             merged = _sum(values)[None]
         if how == "mean":
             # The magnitude of a weight is a model's say; its sign is in the value already.
-            count = _sum(
-                jnp.where(values != 0, core.along_models(jnp.abs(taus.weights), values), 0)
+            says = _each(
+                lambda x, w: jnp.where(x != 0, jnp.abs(w).astype(x.dtype), 0), values, taus.weights
             )
+            count = _sum(says)
             merged = merged / jnp.where(count > 0, count, 1)
         return TaskVectors(merged, core.per_model(None, 1))
 
@@ -528,7 +536,16 @@ def rescale(factor: ArrayLike) -> Stage:
 
 
 def _magnitude(name: str, taus: TaskVectors) -> Array:
-    return jnp.abs(taus.values)
+    return _each(jnp.abs, taus.values)
+
+
+def _each(fn: Callable[..., Array], *stacked: Any) -> Array:
+    """`fn` of each model's rows, stacked: `[M, ...]`.
+
+    XLA takes a row of a stack for what was stacked. So all that is done row by row becomes one
+    loop over the entries, and no stack is ever in memory; operations on whole stacks would be.
+    """
+    return jnp.stack([fn(*rows) for rows in zip(*map(list, stacked), strict=True)])
 
 
 def _sum(values: Array) -> Array:

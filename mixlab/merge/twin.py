@@ -11,7 +11,7 @@ import numpy as np
 
 from mixlab import trees
 from mixlab.merge import core
-from mixlab.merge.masks import check_leaves, write
+from mixlab.merge.masks import check_leaves
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 _COMPRESSIONS = ("svd", "magnitude", "bernoulli")
@@ -68,7 +68,7 @@ class CompressedTwin:
             return self.shared[name] + core.weighted_sum(weights, self.exclusive(name))
 
         num_samples = None if weights.ndim == 1 else len(weights)
-        return write(opened, opened.leaves.map(merge).read, num_samples)
+        return opened.write(opened.leaves.map(merge).read, num_samples)
 
     @property
     def _parts(self) -> dict[str, Table]:
@@ -227,7 +227,7 @@ def twin(
             )
 
         num_samples = None if weights.ndim == 1 else len(weights)
-        return write(found, found.leaves.map(merge).read, num_samples)
+        return found.write(found.leaves.map(merge).read, num_samples)
 
     def parts(models: PyTree, base: PyTree | None, key: Key | None) -> CompressedTwin:
         found, bases = opened(models, base)

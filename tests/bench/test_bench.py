@@ -1,5 +1,6 @@
 """The protocol on a clock that the calls themselves move, the tables, and what can go wrong."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from mixlab import bench, cli
 from mixlab.bench import augment
+from mixlab.bench import merge as bench_merge
 
 
 class Clock:
@@ -150,3 +152,34 @@ def test_the_command_writes_what_it_prints(monkeypatch, capsys, tmp_path):
     figures = json.loads(paths[1].read_text())
     assert figures["tables"] == {"Times": [{"op": "mixup", "ms": "1"}]}
     assert "jax" in figures["machine"]
+
+
+def test_numpy_merges_what_we_merge(monkeypatch):
+    monkeypatch.setattr(bench_merge, "NUM_ENTRIES", 4000)
+    compared = 0
+    for case in bench_merge._cases():
+        inputs = bench_merge._inputs(case)
+        peers = [peer for peer in case.peers if peer.package == "numpy"]
+        merged = bench_merge._ours(case.method, *inputs)() if peers else {}
+        for peer in peers:
+            theirs = bench_merge._theirs(peer, *inputs)()
+            for name, leaf in merged.items():
+                np.testing.assert_allclose(theirs[name], leaf, rtol=2e-5, atol=2e-7)
+            compared += 1
+    assert compared == 5
+
+
+def test_a_merge_is_timed_and_a_missing_peer_left_out(monkeypatch):
+    case = bench_merge._cases()[0]
+    missing = bench_merge.Peer("missing", "no_such_package", bench_merge._average)
+    monkeypatch.setattr(bench_merge, "NUM_ENTRIES", 4000)
+    monkeypatch.setattr(
+        bench_merge, "_cases", lambda: [dataclasses.replace(case, peers=[case.peers[0], missing])]
+    )
+    options = bench.Options(rounds=1, seconds=0.0, select="^average")
+    report = bench_merge.run(options)
+    (row,) = report.tables["Milliseconds a merge"]
+    assert (row["method"], row["peer"]) == ("average()", "NumPy, sums in place")
+    assert report.left_out == {
+        "no_such_package": "not installed; pip install 'mixlab[bench]' has the peers"
+    }

@@ -58,6 +58,8 @@ def grams(models):
     return {
         "grams": [{"dense": {"kernel": jnp.asarray(x.T @ x, jnp.float32)}} for x in inputs],
     }
+
+
 def router_weights(models):
     return {"router_weights": [0.2, 0.5, 0.3]}
 
@@ -68,12 +70,12 @@ ROWS = {
     "breadcrumbs": Row("breadcrumbs(density=0.5, gamma=0.1)", needs_base=True),
     "bulyan": Row("bulyan(num_byzantine=1)", num_models=7),
     "centered_clipping": Row("centered_clipping(radius=2.0, iterations=30)"),
+    "consensus": Row("consensus(k=2, lam=0.4)", needs_base=True),
     "dare": Row(
         "dare(density=0.5, consensus='ties')", needs_base=True, needs_key=True, symmetric=False
     ),
     "della": Row("della", needs_base=True, needs_key=True, symmetric=False),
     "ema": Row("ema(decay=0.5)", symmetric=False),
-    "consensus": Row("consensus(k=2, lam=0.4)", needs_base=True),
     "emr": Row("emr", needs_base=True, per_model=True),
     "fisher": Row("fisher(normalize=True)", inputs=fishers),
     "flag": Row("flag(rank=2, iterations=2)", num_models=4, tolerance=1e-4),
@@ -90,23 +92,22 @@ ROWS = {
     "model_stock": Row("model_stock", needs_base=True),
     "multi_krum": Row("multi_krum(num_byzantine=1)", num_models=5),
     "multislerp": Row("multislerp"),
+    "nearswap": Row("nearswap(t=0.5)", num_models=1, into_base=True, needs_base=True),
     "nuslerp": Row("nuslerp(t=0.3)", num_models=2, pair=True, symmetric=False),
+    "pcb": Row("pcb(ratio=0.5)", needs_base=True),
     "phocas": Row("phocas(num_byzantine=1)", num_models=4),
+    "ram": Row("ram", needs_base=True),
+    "ram_plus": Row("ram_plus(epsilon=0.5)", needs_base=True),
     "regmean": Row("regmean(off_diagonal=0.9)", inputs=grams),
     "sce": Row("sce(select_topk=0.5)", needs_base=True),
     "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "swa": Row("swa"),
-    "nearswap": Row("nearswap(t=0.5)", num_models=1, into_base=True, needs_base=True),
-    "pcb": Row("pcb(ratio=0.5)", needs_base=True),
-    "ram": Row("ram", needs_base=True),
-    "ram_plus": Row("ram_plus(epsilon=0.5)", needs_base=True),
-    "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "tall_masks": Row("tall_masks(lam=0.4)", needs_base=True, per_model=True),
     "task_arithmetic": Row("task_arithmetic(scale=0.5)", needs_base=True),
-    "twin": Row("twin(density=0.7)", needs_base=True, inputs=router_weights),
     "ties": Row("ties(density=0.5)", needs_base=True),
     "trimmed_mean": Row("trimmed_mean(num_byzantine=1)", num_models=4),
     "tsv": Row("tsv(scale=0.5)", needs_base=True),
+    "twin": Row("twin(density=0.7)", needs_base=True, inputs=router_weights),
 }
 every = pytest.mark.parametrize("name", sorted(ROWS))
 

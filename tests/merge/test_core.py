@@ -109,6 +109,7 @@ def test_report_counts_by_hand():
     assert lines[0].split() == [
         "leaf",
         "norm",
+        "distance",
         "cosine",
         "conflict",
         "not",
@@ -117,7 +118,9 @@ def test_report_counts_by_hand():
         "norm",
         "kept",
     ]
-    assert lines[1].split() == ["w0", "5", "5", "0", "0.000", "25.0%", "0", "7.07", "50.0%"]
+    distance = f"{(np.hypot(7, 1) + 5 + 5) / 3:.3g}"
+    expected = f"w0 5 5 0 {distance} 0.000 25.0% 0 7.07 50.0%"
+    assert lines[1].split() == expected.split()
     assert lines[-2:] == ["ids  copied", "steps  copied, though the models differ in it"]
     with pytest.raises(ValueError, match="w1"):
         merge.report(models, base=base, merged=merged | tree([0.0] * 4, [1.0]))

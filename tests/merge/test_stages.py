@@ -31,6 +31,54 @@ def test_kth_smallest_is_that_of_numpy(dtype):
         np.testing.assert_array_equal(found, np.sort(flat, axis=1).T)
 
 
+def numbers(kind):
+    """`[2, 50000]`: what a sample tells much about, little, or the wrong thing."""
+    rng = np.random.default_rng(1)
+    smooth = np.abs(rng.standard_normal((2, 50_000), np.float32))
+    spikes = np.full_like(smooth, 1e-30)
+    spikes[:, ::3] = smooth[:, ::3]  # the sample takes every third entry
+    return {
+        "dense": 1 + smooth / 2**8,
+        "smooth": smooth,
+        "spikes": spikes,
+        "few values": np.round(2 * smooth) / 2,
+        "mostly zero": np.where(rng.random(smooth.shape) < 0.9, 0, smooth),
+        "not finite": np.where(smooth < 0.5, smooth, np.where(smooth < 1, np.inf, np.nan)),
+        "all scales": np.exp(40 * rng.standard_normal(smooth.shape).clip(-2, 2), dtype=np.float32),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sweeps"),
+    [
+        ("dense", (6, 4, 12)),
+        ("smooth", (11, 7, 11)),
+        ("spikes", (19, 15, 7)),
+        ("few values", (1, 1, 8)),
+        ("mostly zero", (1, 1, 11)),
+        ("not finite", (11, 13, 1)),
+        ("all scales", (1, 9, 1)),
+    ],
+)
+def test_kth_smallest_takes_few_sweeps_over_the_leaves(kind, sweeps):
+    flat = numbers(kind).astype(np.float32)
+    parts = dict(enumerate(np.split(flat, [30_000, 45_000, 45_010], axis=1)))
+    num_reads = []
+
+    def read(name):
+        num_reads.append(name)
+        return jnp.asarray(parts[name])
+
+    specs = {name: core.LeafSpec(part.shape[1:], part.dtype) for name, part in parts.items()}
+    leaves = core.Leaves(specs, 2, read)
+    ordered = np.sort(flat, axis=1)
+    for k, most in zip((1, 20_000, 49_999), sweeps, strict=True):
+        num_reads.clear()
+        np.testing.assert_array_equal(selection.kth_smallest(leaves, k), ordered[:, k - 1])
+        # One read is the sample's.
+        assert len(num_reads) <= (most + 1) * len(parts)
+
+
 def test_kth_smallest_clips_k():
     values = jnp.asarray([[3.0, 1.0, 2.0]])
     assert kth([values], 0) == kth([values], -5) == 1.0
