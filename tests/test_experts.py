@@ -57,6 +57,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_experts_know_their_own_task_and_merges_are_tested_on_all(done):
     found = {
         (row["method"], row["seed"], row["scale"]): np.array([float(row[t]) for t in tasks])
@@ -77,6 +78,7 @@ def test_experts_know_their_own_task_and_merges_are_tested_on_all(done):
     )
 
 
+@pytest.mark.slow
 def test_the_report_has_a_row_a_method(done):
     text = done.read_text()
     for method in (*tiny_config().methods, "pretrained", "individual experts", "slerp"):
@@ -85,6 +87,7 @@ def test_the_report_has_a_row_a_method(done):
     assert (done.parent / "landscape.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_trained_models_are_kept_and_not_those_of_another_config(done, monkeypatch):
     monkeypatch.setattr(experts.setting, "_fitter", None)  # nothing is trained again
     with jax.numpy_dtype_promotion("standard"):
