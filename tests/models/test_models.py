@@ -38,17 +38,6 @@ def _count(model, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_group_norm_keeps_no_statistics_and_knows_no_batch(key):
-    model = models.parse("cnn(features=(4,), norm='group')", 4)
-    x = jax.random.uniform(key, (3, 8, 8, 3))
-    variables = _variables(model, x.shape[1:])
-    assert set(variables) == {"params"}
-    together = model.apply(variables, x, train=True)
-    # An image's own mean and variance are divided out, those of the others do not come in.
-    alone = model.apply(variables, 5 * x[:1])
-    np.testing.assert_allclose(together[:1], alone, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("text", SMALL.values(), ids=SMALL)
 def test_any_image_size_and_channel_count(text, shape):
     model = models.parse(text, num_classes=7)
@@ -79,6 +68,17 @@ def test_width_multiplies_the_channels():
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     kernel = variables["params"]["head"]["kernel"]
     assert kernel.shape == (512, 10)
+
+
+def test_a_group_norm_keeps_no_statistics_and_knows_no_batch(key):
+    model = models.parse("cnn(features=(4,), norm='group')", 4)
+    x = jax.random.uniform(key, (3, 8, 8, 3))
+    variables = _variables(model, x.shape[1:])
+    assert set(variables) == {"params"}
+    together = model.apply(variables, x, train=True)
+    # An image's own mean and variance are divided out, those of the others do not come in.
+    alone = model.apply(variables, 5 * x[:1])
+    np.testing.assert_allclose(together[:1], alone, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20"])
