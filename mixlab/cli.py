@@ -1,4 +1,4 @@
-"""The command `mixlab`: its subcommands `train`, `report`, `diff`, `gallery` and `bench`."""
+"""The command `mixlab`: `train`, `experts`, `report`, `diff`, `gallery` and `bench`."""
 
 import argparse
 import fnmatch
@@ -23,6 +23,10 @@ usage: mixlab COMMAND ...
       Runs the experiment of a config file, or goes on with it where it was left.
       For example: mixlab train --config configs/quickstart.py --workdir runs/quickstart
                    --config.agents=16 --config.augment='cutmix(alpha=1.0)'
+  mixlab experts --config FILE --workdir DIR [--config.FIELD=VALUE ...]
+      Fine-tunes a network for several tasks, merges it by every method and tests the merges.
+      For example: mixlab experts --config configs/experts.py --workdir runs/experts
+                   --config.methods="('average', 'ties(density=0.1)')"
   mixlab report DIR
       Writes the report of a workdir again: report.md, results.csv, figures.
   mixlab diff MODEL [MODEL ...] [--base MODEL] [--merged MODEL] [--figure FILE] [--json FILE]
@@ -45,6 +49,7 @@ def main() -> None:
     """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage."""
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
+        "experts": _experts,
         "report": _report,
         "diff": _diff,
         "gallery": _gallery,
@@ -60,7 +65,7 @@ def main() -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    config, workdir = _parse(arguments)
+    config, workdir = _parse("train", arguments)
     agents.force_cpu_devices(config.agents)  # before JAX starts
     # The runs of a sweep, and a run that is resumed, compile much the same programs.
     jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, ".jax_cache"))
@@ -86,10 +91,26 @@ def _train(arguments: Sequence[str]) -> None:
     report.show(path)
 
 
-def _parse(arguments: Sequence[str]) -> tuple[ConfigDict, str]:
+def _experts(arguments: Sequence[str]) -> None:
+    config, workdir = _parse("experts", arguments)
+    logging.set_verbosity(logging.FATAL)
+
+    from mixlab import experts
+    from mixlab.checkpoint import CheckpointError
+
+    try:
+        path = experts.run(config, workdir)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again: models that are trained are kept", 130)
+    except (ValueError, TypeError, KeyError, ImportError, OSError, CheckpointError) as error:
+        _fail(f"{type(error).__name__}: {error}", 1)
+    print(f"\n{path.read_text()}\nreport       {path}")
+
+
+def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     """The config and the workdir that the command line asks for."""
     try:
-        rest = flags.FLAGS(["mixlab train", *arguments])[1:]
+        rest = flags.FLAGS([f"mixlab {command}", *arguments])[1:]
         if rest:
             _fail(f"unexpected arguments {rest}; the options are --config, --workdir", 2)
         config, workdir = _CONFIG.value, _WORKDIR.value

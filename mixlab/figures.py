@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -197,6 +198,95 @@ def calibration(points: dict[str, dict[str, np.ndarray]]) -> Figure:
         title = "mean ± deviation over seeds" if several else None
         figure.legend(loc="outside right center", title=title, fontsize=8, title_fontsize=8)
     return figure
+
+
+def landscape(
+    x: np.ndarray,
+    y: np.ndarray,
+    values: np.ndarray,
+    models: dict[str, tuple[float, float, float, float]],
+    marks: dict[str, tuple[float, float, float, float]],
+    label: str,
+) -> Figure:
+    """A map of a score over the plane of three models, with further models marked on it.
+
+    A mark has the colour of the model's own score, at most that of the best place on the map. One
+    that lies off the plane may differ from the map around it; the legend says how far off it lies.
+
+    Args:
+        x: [X], places along the horizontal axis.
+        y: [Y], along the vertical one.
+        values: [Y, X], the score; positive ones are coloured by their logarithm.
+        models: name -> (x, y, distance off the plane, score), of the three models.
+        marks: the same of the others.
+        label: what the score is called.
+    """
+    corners = np.array([spot[:2] for spot in models.values()])
+    extent = float(np.ptp(corners, axis=0).max())
+    legend = {
+        name: f"{name}  {score:.2f}"
+        + (f" ({off:.2g} off the plane)" if off > 1e-3 * extent else "")
+        for name, (_, _, off, score) in marks.items()
+    }
+    columns = 2 if max(map(len, legend.values()), default=0) <= 48 else 1
+    # Far from the models the score may be huge; the colours are for where the models are.
+    finite = values[np.isfinite(values)]
+    scores = [spot[3] for spot in models.values()]
+    low, high = finite.min(), min(finite.max(), max(np.percentile(finite, 80), *scores))
+    high = max(high, low + 1e-6 * max(abs(low), 1.0))  # levels must rise, even on a flat map
+    is_positive = low > 0
+    levels = np.geomspace(low, high, 17) if is_positive else np.linspace(low, high, 17)
+    norm = (mpl.colors.LogNorm if is_positive else mpl.colors.Normalize)(low, high)
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        # The map keeps its proportions, and the figure has room for it, the bar and the legend.
+        wide = 5.2 * min(1.0, np.ptp(x) / np.ptp(y))
+        size = wide + 1.3, wide * np.ptp(y) / np.ptp(x) + 0.7 + 0.2 * -(-len(marks) // columns)
+        figure = Figure(figsize=size)
+        ax = figure.subplots()
+        shown = np.where(np.isfinite(values), values, high)
+        filled = ax.contourf(x, y, shown, levels, norm=norm, cmap="viridis_r", extend="both")
+        ax.contour(x, y, shown, levels[::2], colors="white", linewidths=0.5, alpha=0.6)
+        halo = [mpl.patheffects.withStroke(linewidth=2.2, foreground="white")]
+        center = corners.mean(axis=0)
+        ax.add_patch(mpl.patches.Polygon(corners, fill=False, edgecolor="white", linewidth=0.8))
+        for name, (left, up, _, score) in models.items():
+            ax.scatter(left, up, s=90, c=[score], norm=norm, cmap="viridis_r", **_CORNER)
+            ax.annotate(
+                name,
+                (left, up),
+                xytext=(0, 11 if up >= center[1] else -11),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if up >= center[1] else "top",
+                fontweight="bold",
+                path_effects=halo,
+            )
+        for number, (name, (left, up, _, score)) in enumerate(marks.items()):
+            ax.scatter(
+                left,
+                up,
+                s=62,
+                c=[score],
+                norm=norm,
+                cmap="viridis_r",
+                marker="osDvP*Xph<>d"[number % 12],
+                edgecolor="black",
+                linewidth=1,
+                label=legend[name],
+                zorder=4,
+            )
+        ax.set(aspect="equal", xlabel="distance in weights", xlim=x[[0, -1]], ylim=y[[0, -1]])
+        ax.spines[:].set_visible(False)
+        bar = figure.colorbar(filled, ax=ax, shrink=0.9, label=label)
+        bar.ax.minorticks_off()
+        ticks = levels[::4].tolist()
+        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        if marks:
+            figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+_CORNER: Any = {"marker": "^", "edgecolor": "black", "linewidth": 1.2, "zorder": 4}
 
 
 def agreement(report: dict[str, Any], *, rows: int = 40) -> Figure:

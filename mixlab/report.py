@@ -135,11 +135,15 @@ def table(runs: list[Run]) -> str:
     for group in _groups(runs):
         values = dict(zip(COLUMNS, zip(*map(_row, group), strict=True), strict=True))
         cells.append(
-            [*_names(group[0], runs), *(_cell(values[name], COLUMNS[name]) for name in columns)]
+            [*_names(group[0], runs), *(cell(values[name], COLUMNS[name]) for name in columns)]
         )
+    return markdown(cells, left=len(fields))
+
+
+def markdown(cells: list[list[str]], *, left: int) -> str:
+    """A Markdown table whose first row is the header and whose first `left` columns are text."""
     cells = [[cell.replace("|", r"\|") for cell in row] for row in cells]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    left = len(fields)
     lines = [
         " | ".join(
             c.ljust(w) if i < left else c.rjust(w)
@@ -153,7 +157,8 @@ def table(runs: list[Run]) -> str:
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 
-def _cell(values: Sequence[float | None], form: str) -> str:
+def cell(values: Sequence[float | None], form: str) -> str:
+    """Mean ± sample standard deviation of what is known, `-` where nothing is."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"

@@ -28,11 +28,14 @@ MAY_IMPORT = {
     "progress": FOUNDATION,
     "checkpoint": FOUNDATION,
     "report": {"figures"},
+    "landscape": FOUNDATION | {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
+    "experts": FOUNDATION
+    | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
     "bench": FOUNDATION | {"augment", "merge"},
     "cli": FOUNDATION
-    | {"agents", "augment", "merge", "train", "report", "checkpoint"}
+    | {"agents", "augment", "merge", "train", "experts", "report", "checkpoint"}
     | {"figures", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
@@ -45,8 +48,8 @@ ONLY_IN = {
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
     "safetensors": {"checkpoint"},
-    "matplotlib": {"figures", "gallery", "report"},
-    "ml_collections": {"experiment", "train", "cli"},
+    "matplotlib": {"figures", "gallery", "landscape", "report"},
+    "ml_collections": {"experiment", "experts", "train", "cli"},
 }
 
 

@@ -70,6 +70,17 @@ def test_width_multiplies_the_channels():
     assert kernel.shape == (512, 10)
 
 
+def test_a_group_norm_keeps_no_statistics_and_knows_no_batch(key):
+    model = models.parse("cnn(features=(4,), norm='group')", 4)
+    x = jax.random.uniform(key, (3, 8, 8, 3))
+    variables = _variables(model, x.shape[1:])
+    assert set(variables) == {"params"}
+    together = model.apply(variables, x, train=True)
+    # An image's own mean and variance are divided out, those of the others do not come in.
+    alone = model.apply(variables, 5 * x[:1])
+    np.testing.assert_allclose(together[:1], alone, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["cnn", "resnet20"])
 def test_batch_statistics_change_in_training_only(name, key):
     model = models.parse(SMALL[name], 4)
@@ -207,6 +218,8 @@ def test_errors_say_what_to_do():
         models.CNN(10).init(key, image.astype(jnp.uint8))
     with pytest.raises(ValueError, match="at least 16x16, got 8x8"):
         models.CNN(10, features=(2, 2, 2, 2)).init(key, image)
+    with pytest.raises(ValueError, match="'batch' or 'group', got 'layer'"):
+        models.CNN(10, norm="layer").init(key, image)
     with pytest.raises(ValueError, match="patch=3 does not divide an image of 8x8"):
         models.ViT(10, size="micro", patch=3).init(key, image)
     with pytest.raises(ValueError, match="unknown ViT size 'tny'; did you mean 'tiny'"):
