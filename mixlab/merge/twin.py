@@ -65,7 +65,7 @@ class CompressedTwin:
         weights = _router(router_weights, self.num_models)
 
         def merge(name: str, origin: Array) -> Array:
-            return self.shared[name] + core.weighted_sum(weights, self.exclusive(name))
+            return self.shared[name] + _routed(weights, self.exclusive(name))
 
         num_samples = None if weights.ndim == 1 else len(weights)
         return opened.write(opened.leaves.map(merge).read, num_samples)

@@ -178,21 +178,24 @@ def _brightest(x: Array, count: Array) -> Array:
         place = jnp.cumsum(open_[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
         return (rest == chosen) | (open_ & (place <= wanted[:, None]))
 
-    return jax.lax.cond(jnp.any(equal > wanted), shared, lambda _: rest >= 0, None)
+    def exact(_: None) -> Array:
+        return (rest == chosen) | ((rest >= 0) & (wanted > 0)[:, None])
+
+    return jax.lax.cond(jnp.any((equal > wanted) & (wanted > 0)), shared, exact, None)
 
 
 def _nth(counts: Array, n: Array) -> tuple[Array, Array, Array]:
     """In which bin the n-th is found, counted from the last bin downwards.
 
     Args:
-        counts: int32 [B, k * k], how many each bin holds.
+        counts: int32 [B, 2^_DIGIT], how many each bin holds.
         n: int32 [B]; for 0 it is the last bin.
 
     Returns:
         int32 [B]: the bin, the n of those in it that is meant, and how many it holds.
     """
-    k = math.isqrt(counts.shape[1])
-    counts = counts.reshape(-1, k, k)
+    k = 2 ** (_DIGIT // 2)
+    counts = counts.reshape(len(counts), -1, k)
 
     def step(counts: Array, n: Array) -> tuple[Array, Array, Array]:
         above = jnp.cumsum(counts[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]

@@ -83,7 +83,12 @@ def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
         op, strength, prob = plan.pop("op"), plan.pop("strength"), plan.pop("prob")
         strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32), op.shape)
         plan |= space.decide(space_key, op, strength, (image.shape[1], image.shape[2]))
-        plan["use"] = random.uniform(use_key, op.shape) < jnp.asarray(prob, jnp.float32)
+        certain = isinstance(prob, int | float) and prob == 1.0  # then no numbers are spent on it
+        plan["use"] = (
+            jnp.ones(op.shape, bool)
+            if certain
+            else random.uniform(use_key, op.shape) < jnp.asarray(prob, jnp.float32)
+        )
         return {
             name: jnp.broadcast_to(x, (image.shape[0], *x.shape[1:])) for name, x in plan.items()
         }
