@@ -9,13 +9,15 @@ whatever the data. A count is a sum over leaves, so the models are never sorted,
 together.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab.merge import core
 from mixlab.merge.core import Leaves, Packing
 from mixlab.types import Array, ArrayLike
 
@@ -74,23 +76,13 @@ def kth_smallest(magnitudes: Leaves, k: ArrayLike) -> Array:
     if size == 0:
         return jnp.zeros(num_models, number)
 
-    def as_words(name: str, x: Array) -> Array:
-        return jnp.stack(
-            [jax.lax.bitcast_convert_type(row.astype(number), word).reshape(-1) for row in x]
-        )
-
-    words = Packing(magnitudes.specs).pack(magnitudes.map(as_words))
+    words = Packing(magnitudes.specs).pack(magnitudes.map(lambda _, x: _words(x, number, word)))
     clip = jnp.clip if isinstance(k, jax.Array) else np.clip
     rank = jnp.asarray(clip(k, 1, size) - 1, jnp.uint32)
 
     def sweep(bracket: _Bracket) -> _Bracket:
         def count(name: str, x: Array) -> Array:
-            return jnp.stack(
-                [
-                    _count_below(row[None], bracket.first[i : i + 1], bracket.shift[i : i + 1])[0]
-                    for i, row in enumerate(x)
-                ]
-            )
+            return _count_below(x, bracket.first, bracket.shift)
 
         zero = jnp.zeros((num_models, _BINS - 1), jnp.uint32)
         return _narrow(bracket, words.total(count, zero), rank)
@@ -189,13 +181,26 @@ def _bits(x: Array) -> int:
     return int(jnp.iinfo(x.dtype).bits)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _words(x: Array, number: Any, word: Any) -> Array:
+    """The bits of `[M, ...]` as integers `[M, n]`."""
+    return core.each_model(
+        lambda row: jax.lax.bitcast_convert_type(row.astype(number), word).reshape(-1), x
+    )
+
+
 @jax.jit
 def _count_below(words: Array, first: Array, shift: Array) -> Array:
     """How many of `words [M, n]` are below each edge, `[M, 7]`."""
-    num = words.shape[1] // 112 * 112 if words.shape[1] > _FEW else 0
-    edges = _edges(first, shift)[:, :, None]
-    rest = jnp.sum(words[:, None, num:] < edges, axis=2, dtype=jnp.uint32)
-    return rest + _count_many(words[:, :num], first[:, None], shift[:, None]) if num else rest
+    return core.each_model(_count_row, words, first, shift)
+
+
+def _count_row(words: Array, first: Array, shift: Array) -> Array:
+    """Counts `words [n]`, `[7]`."""
+    num = len(words) // 112 * 112 if len(words) > _FEW else 0
+    edges = _edges(first[None], shift[None])[0, :, None]
+    rest = jnp.sum(words[None, num:] < edges, axis=1, dtype=jnp.uint32)
+    return rest + _count_many(words[None, :num], first, shift)[0] if num else rest
 
 
 def _count_many(words: Array, first: Array, shift: Array) -> Array:

@@ -90,26 +90,29 @@ def chain(*stages: Stage) -> core.MergeMethod:
             return opened, opened.leaves, bases, packing
         return opened, packing.pack(opened.leaves), packing.pack(bases, stacked=False), packing
 
-    def task_vectors(leaves: core.Leaves, bases: core.Leaves, plan: Plan) -> core.Leaves:
-        """The task vectors after those stages that the plan has."""
-        ones = core.per_model(None, leaves.num_models)
+    def worked_on(plan: Plan, name: str, rows: list[Array], origin: Array) -> TaskVectors:
+        """The task vectors of one leaf after those stages that the plan has."""
+        values = core.each_model(lambda x: x - origin, rows)
+        taus = TaskVectors(values, core.per_model(None, len(rows)))
+        for made, stage in zip(names[: len(plan)], stages, strict=False):
+            taus = stage.apply(plan[made], name, taus)
+        return taus
 
-        def start(name: str, stacked: Array) -> TaskVectors:
-            rows = list(stacked)
-            if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(plan)):
+    compiled = jax.jit(worked_on, static_argnums=1)
+
+    def task_vectors(leaves: core.Leaves, bases: core.Leaves, plan: Plan) -> core.Leaves:
+        def work(name: str, stacked: Array) -> TaskVectors:
+            rows, origin = list(stacked), bases.read(name)
+            if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((plan, rows, origin))):
                 # Otherwise the compiler keeps all task vectors from one sweep to the next.
                 rows, _ = jax.lax.optimization_barrier((rows, plan))
-            origin = bases.read(name)
-            return TaskVectors(core.each_model(lambda x: x - origin, rows), ones)
+                return worked_on(plan, name, rows, origin)
+            if entrywise:
+                return compiled(plan, "", rows, origin)
+            return worked_on(plan, name, rows, origin)
 
-        def apply(name: str, taus: TaskVectors) -> TaskVectors:
-            for made, stage in zip(plan, stages, strict=False):
-                taus = stage.apply(plan[made], name, taus)
-            return taus
-
-        leaves = leaves.map(start).map(apply)
         reduced = any(stage.reduces for stage in stages[: len(plan)])
-        return dataclasses.replace(leaves, num_models=1) if reduced else leaves
+        return dataclasses.replace(leaves.map(work), num_models=1 if reduced else leaves.num_models)
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         _, leaves, bases, _ = opened_leaves(models, base)
