@@ -216,7 +216,7 @@ def _cases() -> list[Case]:
             [Peer("authors' code, restated", "torch", _ties_authors)],
             NUM_MODELS,
             NUM_MODELS + 2,
-            1,
+            3,
         ),
         Case(
             dare,

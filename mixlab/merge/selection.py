@@ -197,17 +197,17 @@ def _count_below(words: Array, first: Array, shift: Array) -> Array:
 
 def _count_row(words: Array, first: Array, shift: Array) -> Array:
     """Counts `words [n]`, `[7]`."""
-    num = len(words) // 112 * 112 if len(words) > _FEW else 0
+    num = len(words) // 128 * 128 if len(words) > _FEW else 0
     edges = _edges(first[None], shift[None])[0, :, None]
     rest = jnp.sum(words[None, num:] < edges, axis=1, dtype=jnp.uint32)
     return rest + _count_many(words[None, :num], first, shift)[0] if num else rest
 
 
 def _count_many(words: Array, first: Array, shift: Array) -> Array:
-    """The same for n a multiple of 112.
+    """The same for n a multiple of 128.
 
     XLA makes vector instructions of sums of slices, on a CPU, but not of counts along an axis. So
-    seven slices at a time are counted, each entry as a one in one of the eight half-bytes of a
+    eight slices at a time are counted, each entry as a one in one of the eight half-bytes of a
     word; then sixteen slices of these words are added up, in bytes.
     """
 
@@ -216,7 +216,7 @@ def _count_many(words: Array, first: Array, shift: Array) -> Array:
         bin_ = jnp.where(x < first, 0, jnp.minimum(distance, _BINS - 2) + 1)
         return jnp.uint32(1) << (4 * bin_.astype(jnp.uint32))
 
-    ones = sum(map(one, jnp.split(words, 7, axis=1)))
+    ones = sum(map(one, jnp.split(words, 8, axis=1)))
     parts = jnp.split(ones, 16, axis=1)
     even, odd = (sum((x >> by) & 0x0F0F0F0F for x in parts) for by in (0, 4))
     counts = [
