@@ -18,6 +18,7 @@ from mixlab import spec
 from mixlab.merge.adapters import apply_lora, extract_lora, merge_lora
 from mixlab.merge.averaging import average, ema, interpolate, running_average, swa
 from mixlab.merge.balancing import balance, pcb
+from mixlab.merge.chains import Stage, TaskVectors, chain
 from mixlab.merge.compression import (
     CompressedMasks,
     compress,
@@ -50,10 +51,7 @@ from mixlab.merge.soups import greedy_soup
 from mixlab.merge.spectral import iso_c, iso_cts, tsv
 from mixlab.merge.spherical import karcher, multislerp, nuslerp, slerp
 from mixlab.merge.stages import (
-    Stage,
-    TaskVectors,
     band,
-    chain,
     drop,
     elect_sign,
     fuse,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.merge import core, spectral
+from mixlab.merge import core, patterns, spectral
 from mixlab.types import Array, ArrayLike, PyTree
 
 Adapter = dict[str, dict[str, Array]]
@@ -44,7 +44,8 @@ def extract_lora(
         rank: largest rank of a leaf, at least 1.
         sv_epsilon: singular values up to it are cut away too. Above 0, ranks depend on values,
             so that it does not run under `jit`.
-        exclude: regular expressions; matrices in whose name one is found are not factored.
+        exclude: a pattern of leaf names, or several (`patterns.spread`); matrices that match one
+            are not factored.
         fold: factor leaves of higher rank, such as convolution kernels `[H, W, in, out]`, too,
             as matrices `[H * W * in, out]`.
         rest: of the floating leaves that are not factored (biases, norms, embeddings that are
@@ -65,7 +66,7 @@ def extract_lora(
         raise ValueError(f"rank must be at least 1, got {rank}")
     core.check_finite(sv_epsilon, "sv_epsilon", low=0.0)
     core.check_choice(rest, "rest", ("keep", "drop"))
-    exclude = spectral.patterns(exclude)
+    is_excluded = patterns.any_of(exclude)
     opened = core.open_models([model], base)
     bases = core.with_base(opened, "extract_lora")
     dtypes = {name: spec.dtype for name, spec in opened.specs.items() if spec is not None}
@@ -73,7 +74,7 @@ def extract_lora(
     def factor(name: str, stacked: Array) -> dict[str, Array]:
         core.check_real(name, stacked.dtype, "extract_lora")
         delta = stacked[0] - bases.read(name)
-        if spectral.is_matrix(name, delta.shape, exclude, fold):
+        if spectral.is_matrix(name, delta.shape, is_excluded, fold):
             matrix = delta.reshape(-1, delta.shape[-1])
             a, b = _factors(matrix, min(rank, *matrix.shape), sv_epsilon)
             parts = {"A": a, "B": b}

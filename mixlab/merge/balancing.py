@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mixlab.merge import core, selection, stages
+from mixlab.merge import chains, core, selection, stages
 from mixlab.types import Array, ArrayLike, Key, Plan
 
 _CLAMP = {"paper": 1e-4, "vision": 1e-2}
@@ -38,7 +38,7 @@ def pcb(
     Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging".
     """
     core.check_finite(scale, "scale")
-    return stages.chain(
+    return chains.chain(
         balance(ratio, variant=variant),
         stages.weigh(weights),
         stages.reduce("sum"),
@@ -46,7 +46,7 @@ def pcb(
     )
 
 
-def balance(ratio: ArrayLike, *, variant: str = "paper") -> stages.Stage:
+def balance(ratio: ArrayLike, *, variant: str = "paper") -> chains.Stage:
     """Weighs every entry by its score in the competition of the tasks, `tau_t s_t / sum_u s_u`.
 
     Magnitudes are first clamped to the order statistics `int(c d)` and `int((1 - c) d - 1)` of
@@ -73,7 +73,7 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> stages.Stage:
     if not isinstance(ratio, jax.core.Tracer) and ratio == 0:
         raise ValueError("ratio is the fraction that keeps a score and must be above 0, got 0")
 
-    def score(plan: Plan, name: str, taus: stages.TaskVectors) -> Array:
+    def score(plan: Plan, name: str, taus: chains.TaskVectors) -> Array:
         values = taus.values
         low, high = (core.along_models(plan[end], values) for end in ("low", "high"))
         shares = _normalised(jnp.abs(values), low, high)
@@ -93,7 +93,7 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> stages.Stage:
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
         d, clamp = leaves.size, _CLAMP[variant]
 
-        def magnitude(name: str, taus: stages.TaskVectors) -> Array:
+        def magnitude(name: str, taus: chains.TaskVectors) -> Array:
             core.check_real(name, taus.values.dtype, "balance")
             return jnp.abs(taus.values)
 
@@ -105,7 +105,7 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> stages.Stage:
         scores = leaves.map(functools.partial(score, plan))
         return plan | {"threshold": _kth(scores, rank(d) + 1), "maximum": _maximum(scores)}
 
-    def apply(plan: Plan, name: str, taus: stages.TaskVectors) -> stages.TaskVectors:
+    def apply(plan: Plan, name: str, taus: chains.TaskVectors) -> chains.TaskVectors:
         values = taus.values
         low, high, threshold, maximum = (
             core.along_models(plan[end], values) for end in ("low", "high", "threshold", "maximum")
@@ -115,7 +115,7 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> stages.Stage:
         total = jnp.maximum(jnp.sum(scores, axis=0), 1e-12)
         return taus._replace(values=clamped * (scores / total))
 
-    return stages.Stage("balance", measure, apply)
+    return chains.Stage("balance", measure, apply)
 
 
 def _normalised(x: Array, low: Array, high: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
-from mixlab.merge import core, stages
+from mixlab.merge import chains, core, stages
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 _TIES = (stages.trim(0.2), stages.elect_sign(), stages.reduce("sum"))
@@ -188,7 +188,7 @@ def _tall(
                 f"got shape {each.shape}"
             )
         ones = core.per_model(None, leaves.num_models)
-        taus = leaves.map(lambda name, x: stages.TaskVectors(x - bases.read(name), ones))
+        taus = leaves.map(lambda name, x: chains.TaskVectors(x - bases.read(name), ones))
         of_stages = {}
         for step, stage in steps.items():
             of_stages[step] = stage.measure(taus, None)
@@ -196,7 +196,7 @@ def _tall(
         return {"lam": jnp.broadcast_to(each, leaves.num_models), "multi_task": of_stages}
 
     def masked(plan: Plan, name: str, stacked: Array, origin: Array) -> tuple[Array, Array]:
-        taus = stages.TaskVectors(stacked - origin, core.per_model(None, len(stacked)))
+        taus = chains.TaskVectors(stacked - origin, core.per_model(None, len(stacked)))
         for step, stage in steps.items():
             taus = stage.apply(plan["multi_task"][step], name, taus)
         vector = taus.values[0]
@@ -207,7 +207,7 @@ def _tall(
     return measure, masked
 
 
-def _after(taus: core.Leaves, stage: stages.Stage, plan: Plan) -> core.Leaves:
+def _after(taus: core.Leaves, stage: chains.Stage, plan: Plan) -> core.Leaves:
     return taus.map(lambda name, x: stage.apply(plan, name, x))
 
 

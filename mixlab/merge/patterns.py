@@ -1,4 +1,4 @@
-"""Numbers by leaf: one for all, or one for each pattern that leaf names match."""
+"""Patterns of leaf names, and numbers by leaf: one for all, or one for each pattern."""
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +41,18 @@ def spread(value: Any, names: Iterable[str], fn: Callable[[Any], Any]) -> Any:
         )
     made = {pattern: fn(each) for pattern, each in value.items()}
     return {name: made[pattern] for name, pattern in first.items() if pattern is not None}
+
+
+def any_of(patterns: str | Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name matches one of some patterns, or the one, as `spread` reads them.
+
+    Raises:
+        ValueError: a pattern is no text.
+    """
+    many = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if strange := [pattern for pattern in many if not isinstance(pattern, str)]:
+        raise ValueError(f"patterns are texts such as '*/bias', got {strange}")
+    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in many)
 
 
 def at(planned: Any, name: str) -> Any:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mixlab.merge import core, stages
+from mixlab.merge import chains, core, stages
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 _KL_FLOOR = 1e-8
@@ -109,7 +109,7 @@ def ram(epsilon: ArrayLike = 1e-5) -> core.MergeMethod:
 
     Source: Yuan et al. 2026, "Behavior Knowledge Merge in Reinforced Agentic Models" (RAM).
     """
-    return stages.chain(threshold(epsilon), stages.reduce("mean"))
+    return chains.chain(threshold(epsilon), stages.reduce("mean"))
 
 
 def ram_plus(
@@ -137,10 +137,10 @@ def ram_plus(
 
     Source: Yuan et al. 2026, "Behavior Knowledge Merge in Reinforced Agentic Models" (RAM).
     """
-    return stages.chain(threshold(epsilon), reinforce(r, alpha, scope=scope), stages.reduce("mean"))
+    return chains.chain(threshold(epsilon), reinforce(r, alpha, scope=scope), stages.reduce("mean"))
 
 
-def threshold(epsilon: ArrayLike) -> stages.Stage:
+def threshold(epsilon: ArrayLike) -> chains.Stage:
     """Sets the entries whose magnitude does not exceed `epsilon` to zero.
 
     Args:
@@ -155,16 +155,16 @@ def threshold(epsilon: ArrayLike) -> stages.Stage:
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
         return {"epsilon": jnp.asarray(epsilon, float)}
 
-    def apply(plan: Plan, name: str, taus: stages.TaskVectors) -> stages.TaskVectors:
+    def apply(plan: Plan, name: str, taus: chains.TaskVectors) -> chains.TaskVectors:
         values = taus.values
         core.check_real(name, values.dtype, "threshold")
         keep = jnp.abs(values) > plan["epsilon"].astype(values.dtype)
         return taus._replace(values=jnp.where(keep, values, 0))
 
-    return stages.Stage("threshold", measure, apply)
+    return chains.Stage("threshold", measure, apply)
 
 
-def reinforce(r: ArrayLike, alpha: ArrayLike = 0.2, *, scope: str = "model") -> stages.Stage:
+def reinforce(r: ArrayLike, alpha: ArrayLike = 0.2, *, scope: str = "model") -> chains.Stage:
     """Amplifies the entries that only one task vector has, by how much it shares elsewhere.
 
     An entry is shared where two or more task vectors are not zero, and unique where one is. The
@@ -185,7 +185,7 @@ def reinforce(r: ArrayLike, alpha: ArrayLike = 0.2, *, scope: str = "model") -> 
     core.check_finite(alpha, "alpha", 0.0)
     core.check_choice(scope, "scope", ("model", "leaf"))
 
-    def counts(name: str, taus: stages.TaskVectors) -> Array:
+    def counts(name: str, taus: chains.TaskVectors) -> Array:
         says = taus.values.reshape(len(taus.values), -1) != 0
         owners = jnp.sum(says, axis=0)
         kinds = (says & (owners > 1), says & (owners == 1))
@@ -202,13 +202,13 @@ def reinforce(r: ArrayLike, alpha: ArrayLike = 0.2, *, scope: str = "model") -> 
             return {"factors": factors(leaves)}
         return {"factors": {name: factors(leaves.only(name)) for name in leaves.specs}}
 
-    def apply(plan: Plan, name: str, taus: stages.TaskVectors) -> stages.TaskVectors:
+    def apply(plan: Plan, name: str, taus: chains.TaskVectors) -> chains.TaskVectors:
         factors = plan["factors"] if scope == "model" else plan["factors"][name]
         unique = jnp.sum(taus.values != 0, axis=0) == 1
         scaled = taus.values * core.along_models(factors, taus.values)
         return taus._replace(values=jnp.where(unique, scaled, taus.values))
 
-    return stages.Stage("reinforce", measure, apply)
+    return chains.Stage("reinforce", measure, apply)
 
 
 def _pair(opened: core.Models, what: str) -> core.Leaves:

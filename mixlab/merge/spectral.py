@@ -7,14 +7,13 @@ matrix lacks rank, its null directions stay zero; codes that take them from a de
 arbitrary vectors there, so only there do results differ.
 """
 
-import re
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.merge import core
+from mixlab.merge import core, patterns
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 
@@ -29,12 +28,13 @@ def iso_c(
 
     Args:
         scale: alpha, a number; may be traced.
-        exclude: regular expressions; matrices in whose name one is found are averaged too.
+        exclude: a pattern of leaf names, or several (`patterns.spread`); matrices that match one
+            are averaged too.
         fold: treat leaves of higher rank, such as convolution kernels `[H, W, in, out]`, as
             matrices `[H * W * in, out]` too, instead of averaging them.
 
     Raises:
-        ValueError: scale is not finite, an expression does not parse, or there is no base.
+        ValueError: scale is not finite, or there is no base.
         TypeError: a leaf is complex.
 
     Source: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and
@@ -73,7 +73,7 @@ def iso_cts(
         fold: as in `iso_c`.
 
     Raises:
-        ValueError: an argument is out of range, an expression does not parse, or there is no base.
+        ValueError: an argument is out of range, or there is no base.
         TypeError: a leaf is complex.
 
     Source: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and
@@ -121,13 +121,11 @@ def tsv(
             Default: `1 / M`, so that the models fill the space; 1 is the authors' lossless form.
         weights: `[M]`; multiply the task vectors beforehand (FusionBench's list of alphas).
             Default: ones.
-        exclude: regular expressions; matrices in whose name one is found are averaged (the
-            authors exclude `"text_projection"`).
+        exclude: as in `iso_c`; the authors exclude `"*text_projection*"`.
         fold: as in `iso_c`.
 
     Raises:
-        ValueError: an argument is out of range, an expression does not parse, there are not M
-            weights, or there is no base.
+        ValueError: an argument is out of range, there are not M weights, or there is no base.
         TypeError: a leaf is complex.
 
     Source: Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Model
@@ -225,26 +223,13 @@ def _svd_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tup
     return (u, s, vt), (du, ds, jnp.matrix_transpose(dv))
 
 
-def is_matrix(name: str, shape: tuple[int, ...], exclude: Sequence[str], fold: bool) -> bool:
+def is_matrix(
+    name: str, shape: tuple[int, ...], is_excluded: Callable[[str], bool], fold: bool
+) -> bool:
     """Whether a leaf is decomposed: not empty, of rank 2 (or more, with `fold`), not excluded."""
     if 0 in shape or (len(shape) != 2 and not (fold and len(shape) > 2)):
         return False
-    return not any(re.search(pattern, name) for pattern in exclude)
-
-
-def patterns(exclude: str | Sequence[str]) -> tuple[str, ...]:
-    """The regular expressions of one or more.
-
-    Raises:
-        ValueError: one does not parse.
-    """
-    many = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    for pattern in many:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"exclude holds {pattern!r}, no regular expression: {error}") from None
-    return many
+    return not is_excluded(name)
 
 
 def _method(
@@ -258,7 +243,7 @@ def _method(
     """Base plus scaled `merge` of the matrices `[M, m, n]`, and mean of the other task vectors."""
     core.check_finite(scale, "scale")
     core.check_weights(weights, signed=True)
-    exclude = patterns(exclude)
+    is_excluded = patterns.any_of(exclude)
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         opened = core.open_models(models, base)
@@ -274,7 +259,7 @@ def _method(
             core.check_real(name, stacked.dtype, what)
             origin = bases.read(name)
             taus = (stacked - origin) * core.along_models(plan["weights"], stacked)
-            if is_matrix(name, origin.shape, exclude, fold):
+            if is_matrix(name, origin.shape, is_excluded, fold):
                 matrices = taus.reshape(len(taus), int(np.prod(origin.shape[:-1])), -1)
                 delta = merge(matrices).reshape(origin.shape)
             else:

@@ -1,6 +1,6 @@
 """Merging in the space of task vectors, `tau_m = theta_m - theta_base`."""
 
-from mixlab.merge import core, stages
+from mixlab.merge import chains, core, stages
 from mixlab.types import ArrayLike
 
 
@@ -17,7 +17,7 @@ def task_arithmetic(scale: ArrayLike = 0.3, weights: ArrayLike | None = None) ->
     Source: Ilharco et al. 2023, "Editing models with task arithmetic", section 2.
     """
     core.check_finite(scale, "scale")
-    return stages.chain(stages.weigh(weights), stages.reduce("sum"), stages.rescale(scale))
+    return chains.chain(stages.weigh(weights), stages.reduce("sum"), stages.rescale(scale))
 
 
 def ties(
@@ -54,7 +54,7 @@ def ties(
     algorithm 1.
     """
     core.check_finite(scale, "scale")
-    return stages.chain(
+    return chains.chain(
         stages.trim(density, scope=scope),
         stages.weigh(weights),
         stages.elect_sign(zero=zero),
@@ -76,7 +76,7 @@ def magmax(scale: ArrayLike = 0.6) -> core.MergeMethod:
     Source: Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual
     Learning". Of equal magnitudes the later model's value wins, as in FusionBench.
     """
-    return stages.chain(stages.reduce("max"), stages.rescale(scale))
+    return chains.chain(stages.reduce("max"), stages.rescale(scale))
 
 
 def dare(
@@ -206,11 +206,11 @@ def sce(select_topk: ArrayLike = 1.0, scale: ArrayLike = 1.0) -> core.MergeMetho
 
     Source: Wan et al. 2024, "FuseChat: Knowledge Fusion of Chat Models", section 3.3.
     """
-    return stages.chain(stages.select(select_topk), stages.fuse(), stages.rescale(scale))
+    return chains.chain(stages.select(select_topk), stages.fuse(), stages.rescale(scale))
 
 
 def _sparse(
-    sparsify: stages.Stage,
+    sparsify: chains.Stage,
     consensus: str,
     weights: ArrayLike | None,
     normalize: bool,
@@ -224,4 +224,4 @@ def _sparse(
     else:
         elect = stages.elect_sign(zero="positive")
         merged = [stages.weigh(weights), elect, stages.reduce("mean" if normalize else "sum")]
-    return stages.chain(sparsify, *merged, stages.rescale(scale))
+    return chains.chain(sparsify, *merged, stages.rescale(scale))

@@ -1,7 +1,6 @@
 """Twin-Merging: what the models share, and what each has besides, merged by a router's weights."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
-from mixlab.merge import core
+from mixlab.merge import core, patterns
 from mixlab.merge.masks import check_leaves
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
@@ -91,7 +90,7 @@ def twin(
     scale: ArrayLike = 0.3,
     *,
     compression: str = "svd",
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
 ) -> TwinMethod:
     """Twin-Merging: a shared model, plus the compressed rest of each model as a router weighs it.
 
@@ -118,9 +117,10 @@ def twin(
             values; `"magnitude"` the `int(density * n)` largest entries of a leaf, the earlier
             ones first among equals; `"bernoulli"` draws each entry with probability `density`
             and divides it by that, which needs a `key=`.
-        exclude: regular expressions; a leaf in whose name one is found has no shared part and
-            is not compressed: it becomes `theta_base + sum_t w_t tau_t`, the task's own leaf
-            where the router is sure. The authors exclude `("bias", "classifier")`.
+        exclude: a pattern of leaf names, or several (`patterns.spread`); a leaf that matches one
+            has no shared part and is not compressed: it becomes `theta_base + sum_t w_t tau_t`,
+            the task's own leaf where the router is sure. The authors exclude
+            `("*bias*", "*classifier*")`.
 
     Raises:
         ValueError: an argument is out of range; at the merge: there is no base, key or router
@@ -133,11 +133,7 @@ def twin(
     core.check_finite(density, "density", 0.0, 1.0)
     core.check_finite(scale, "scale")
     core.check_choice(compression, "compression", _COMPRESSIONS)
-    if isinstance(exclude, str):
-        raise ValueError(f"exclude must be a list of patterns, got {exclude!r}; give [{exclude!r}]")
-
-    def is_excluded(name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in exclude)
+    is_excluded = patterns.any_of(exclude)
 
     def opened(models: PyTree, base: PyTree | None) -> tuple[core.Models, core.Leaves]:
         found = core.open_models(models, base)

@@ -82,7 +82,10 @@ def test_slerp(inputs):
                 compare({name: x[i] for name, x in merged.items()}, v, f"{case}/t={t}")
 
 
-def test_slerp_of_zero_parallel_and_opposite_vectors():
+@pytest.mark.parametrize(
+    ("method", "case"), [(merge.slerp, "mergekit_slerp"), (merge.nuslerp, "mergekit_nuslerp_flat")]
+)
+def test_arcs_between_zero_parallel_and_opposite_vectors(method, case):
     v = golden.load("merging/public_spherical")
     one = v["slerp_edge/v"]
     pairs = {
@@ -94,8 +97,8 @@ def test_slerp_of_zero_parallel_and_opposite_vectors():
     }
     for name, pair in pairs.items():
         for t in (0.25, 0.5):
-            expected = v[f"slerp_edge/{name}/t={t}/mergekit_slerp"]
-            merged = merge.slerp(t)([{"v": x} for x in pair])["v"]
+            expected = v[f"slerp_edge/{name}/t={t}/{case}"]
+            merged = method(t)([{"v": x} for x in pair])["v"]
             np.testing.assert_allclose(merged, expected, rtol=0, atol=ATOL, err_msg=name)
 
 

@@ -119,7 +119,7 @@ def test_bad_arguments():
         (lambda: merge.ram_plus(scope="layer"), "'model', 'leaf'"),
         (lambda: merge.twin(1.5), "density"),
         (lambda: merge.twin(compression="topk"), "'svd', 'magnitude', 'bernoulli'"),
-        (lambda: merge.twin(exclude="bias"), r"give \['bias'\]"),
+        (lambda: merge.twin(exclude=[3]), r"patterns are texts such as '\*/bias', got \[3\]"),
     ):
         with pytest.raises(ValueError, match=match):
             make()
