@@ -109,6 +109,9 @@ def _experts(arguments: Sequence[str]) -> None:
 
 def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     """The config and the workdir that the command line asks for."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        sys.exit(0)
     try:
         rest = flags.FLAGS([f"mixlab {command}", *arguments])[1:]
         if rest:

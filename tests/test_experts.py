@@ -98,6 +98,15 @@ def test_trained_models_are_kept_and_not_those_of_another_config(done, monkeypat
         assert "| fisher " not in text
         with pytest.raises(ValueError, match="another config, which differs in tune_steps"):
             experts.run(tiny_config(tune_steps=41), done.parent)
+        with pytest.raises(ValueError, match="another config; use another --workdir"):
+            experts.run(tiny_config(tasks=("rotated", "inverted")), done.parent)
+
+
+@pytest.mark.parametrize("field", ["methods", "pair_methods", "marks"])
+def test_an_unknown_method_stops_before_training(field, tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'ties'"):
+        experts.run(tiny_config(**{field: ("tie(0.2)",)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("variant", ["mnist5k", "cifar10"])

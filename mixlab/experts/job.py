@@ -19,6 +19,9 @@ from mixlab.experts.setting import Examples, Setting, joined, prepare, trained
 from mixlab.experts.tables import Group, Result
 from mixlab.types import Array, PyTree
 
+FUNCTIONS = ("greedy_soup", "regmean_plus_plus")
+"""Functions of `mixlab.merge` that a config may name among its methods."""
+
 
 def default_config() -> ConfigDict:
     """Every field of the experiment, with its default. `configs/experts.py` starts from here."""
@@ -78,7 +81,7 @@ class Family:
         """Merges some experts by the method that a text describes.
 
         Args:
-            text: what `merge.parse` reads, or `"greedy_soup"` or `"regmean_plus_plus"`.
+            text: what `merge.parse` reads, or one of `FUNCTIONS`.
             group: the experts.
             based: whether the method is told of the base.
 
@@ -163,7 +166,7 @@ class Family:
             batches = [[self._own[i]] for i in group]
             return merge.regmean_plus_plus(self.setting.log_probs, self.of(group), batches)
 
-        return {"greedy_soup": greedy_soup, "regmean_plus_plus": regmean_plus_plus}
+        return dict(zip(FUNCTIONS, (greedy_soup, regmean_plus_plus), strict=True))
 
     @cached_property
     def _fishers(self) -> list[PyTree]:
@@ -203,8 +206,12 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
 
     Raises:
         ValueError: a field cannot be used, or the folder holds models of another config.
+        TypeError: a method does not take an argument.
         checkpoint.CheckpointError: saving failed, or what was saved is damaged.
     """
+    for text in (*config.methods, *config.pair_methods, *config.marks):
+        if text not in FUNCTIONS:
+            merge.parse(text)  # before anything is trained
     workdir = Path(workdir).absolute()
     merged: list[Result] = []
     paired: list[Result] = []

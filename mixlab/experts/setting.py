@@ -170,7 +170,13 @@ def trained(config: ConfigDict, seed: int, setting: Setting, folder: Path) -> li
     key = jax.random.key(seed)
     like = jax.eval_shape(lambda: trees.stack([setting.init(key)] * (2 + len(config.tasks))))
     with Checkpoints(folder) as checkpoints:
-        if (found := checkpoints.restore(like)) is not None:
+        try:
+            found = checkpoints.restore(like)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} holds models of another config; use another --workdir ({error})"
+            ) from error
+        if found is not None:
             _, stacked, there = found
             if there != setup:
                 changed = [name for name in setup if there.get(name) != setup[name]]
