@@ -314,7 +314,11 @@ def dimat(
                     lambda x: x[neighbour], (everyone, everyones_activations)
                 )
                 permutations = align.match_activations(
-                    own_activations, acts, statistic=statistic, backend=problem.assignment
+                    own_activations,
+                    acts,
+                    statistic=statistic,
+                    backend=problem.assignment,
+                    symmetry=symmetry,
                 )
                 return symmetry.permute(permutations, other)
 
@@ -398,7 +402,10 @@ def consensus(axis: Axis, problem: Problem, variables: PyTree) -> Consensus:
 
     def to_reference(own: PyTree, own_activations: PyTree) -> PyTree:
         permutations = align.match_activations(
-            reference, own_activations, backend=problem.assignment
+            reference,
+            own_activations,
+            backend=problem.assignment,
+            symmetry=symmetry,
         )
         return symmetry.permute(permutations, own)
 

@@ -4,31 +4,37 @@ from mixlab.align.assignment import assignment
 from mixlab.align.matching import (
     Moments,
     activation_matching,
+    activation_statistics,
     correlation,
     covariance,
     dead_units,
     match_activations,
+    match_models,
     match_moments,
+    matching_report,
     merge_moments,
     moments,
     second_moment,
-    weight_matching,
 )
 from mixlab.align.repair import reestimate_batch_stats
 from mixlab.align.symmetry import Permutations, Symmetry, infer_symmetry
+from mixlab.align.weights import weight_matching
 
 __all__ = [
     "Moments",
     "Permutations",
     "Symmetry",
     "activation_matching",
+    "activation_statistics",
     "assignment",
     "correlation",
     "covariance",
     "dead_units",
     "infer_symmetry",
     "match_activations",
+    "match_models",
     "match_moments",
+    "matching_report",
     "merge_moments",
     "moments",
     "reestimate_batch_stats",

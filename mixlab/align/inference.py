@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from mixlab.align.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Wild, atoms
-from mixlab.align.program import Op, Program, trace
+from mixlab.align.program import Op, Place, Program, scan_counts, trace
 from mixlab.align.rules import interpret
+from mixlab.align.variation import variations
 from mixlab.trees import named_leaves
 from mixlab.types import PyTree
 
@@ -24,8 +25,9 @@ class Inference:
         leaves: the name and layout of every leaf of the variables that is an array.
         homes: for each free atom the name of the leaf that first brings it forth, in the order
             in which the function meets them.
-        taps: for each free atom the number of the value to look at when matching activations;
-            atoms that no value depending on the inputs carries are absent.
+        over: for each free atom the loops and other atoms that its permutation may vary over.
+        taps: for each free atom the place and layout of the value to look at when matching
+            activations; atoms that no value depending on the inputs carries are absent.
         values: the layout of every value of the program.
         notes: what was left fixed for want of knowledge.
     """
@@ -33,7 +35,8 @@ class Inference:
     program: Program
     leaves: tuple[tuple[str, Layout], ...]
     homes: dict[int | str, str]
-    taps: dict[int | str, int]
+    over: dict[int | str, tuple[int | str, ...]]
+    taps: dict[int | str, "Tap"]
     values: list[Layout]
     notes: tuple[str, ...]
 
@@ -68,14 +71,20 @@ def infer(fn: Callable[..., Any], variables: PyTree, inputs: Sequence[PyTree]) -
         for term in values[i]:
             solver.fix(term)
 
+    # Once more, now that all is known, to see every operation with its final layouts.
+    solver.seen.clear()
+    values = interpret(solver, program, [values[i] for i in program.inputs])
     values = [tuple(solver.resolve(term) for term in layout) for layout in values]
     named = tuple((name, values[i]) for name, i in zip(names, leaves, strict=True))
-    carried = _depending(program, given)
+    homes = _homes(program, values, dict(zip(leaves, names, strict=True)), solver)
+    over = variations(solver, [layout for _, layout in named], list(homes))
+    taps = _taps(program, values, _depending(program, given), over, solver)
     return Inference(
         program=program,
         leaves=named,
-        homes=_homes(program, values, dict(zip(leaves, names, strict=True))),
-        taps=_taps(program, values, carried),
+        homes=homes,
+        over=over,
+        taps={atom: tap for atom, (_, tap) in taps.items()},
         values=values,
         notes=tuple(solver.notes),
     )
@@ -94,7 +103,20 @@ def _names_in(layout: Layout) -> list[int | str]:
     return [atom.name for term in layout for atom in atoms(term)]
 
 
-def _homes(program: Program, values: list[Layout], leaves: dict[int, str]) -> dict[int | str, str]:
+def _homes(
+    program: Program, values: list[Layout], leaves: dict[int, str], solver: Solver
+) -> dict[int | str, str]:
+    """For each atom the leaf whose product brings it forth; else the first leaf that carries it."""
+    homes = _brought_forth(program, values, leaves, solver)
+    for number, name in leaves.items():
+        for atom in _names_in(values[number]):
+            homes.setdefault(atom, name)
+    return {atom: home for atom, home in homes.items() if atom not in solver.loops}
+
+
+def _brought_forth(
+    program: Program, values: list[Layout], leaves: dict[int, str], solver: Solver
+) -> dict[int | str, str]:
     homes: dict[int | str, str] = {}
     origin = {number: number for number in leaves}
     for op in program.ops:
@@ -106,9 +128,13 @@ def _homes(program: Program, values: list[Layout], leaves: dict[int, str]) -> di
                 for atom in _names_in(values[number]):
                     if atom in brought:
                         homes.setdefault(atom, leaves[number])
-    for number, name in leaves.items():
-        for atom in _names_in(values[number]):
-            homes.setdefault(atom, name)
+        if op.name == "scan":
+            body, layouts = solver.bodies[id(op)]
+            pairs = zip(body.inputs, op.inputs, strict=True)
+            inside = {inner: leaves[origin[outer]] for inner, outer in pairs if outer in origin}
+            solved = [tuple(solver.resolve(term) for term in layout) for layout in layouts]
+            for atom, home in _brought_forth(body, solved, inside, solver).items():
+                homes.setdefault(atom, home)
     return homes
 
 
@@ -125,17 +151,29 @@ def _contracted(op: Op, values: list[Layout]) -> Iterator[tuple[int, int | str]]
             yield number, atom
 
 
-def _taps(program: Program, values: list[Layout], carried: set[int]) -> dict[int | str, int]:
+Tap = tuple[Place, Layout]
+_Rank = tuple[bool, bool, tuple[int, ...]]
+
+
+def _taps(
+    program: Program,
+    values: list[Layout],
+    carried: set[int],
+    over: Mapping[int | str, tuple[int | str, ...]],
+    solver: Solver,
+) -> dict[int | str, tuple[_Rank, Tap]]:
     """For each atom the last value that a later layer contracts over it.
 
     That is a value after its activation function, and of a residual stream the last sum. A value
-    whose rows no other atom permutes is preferred: its rows mean the same in two models.
+    whose rows no other atom permutes is preferred: its rows mean the same in two models. Values
+    of a scan's body are taken over all iterations.
     """
-    best: dict[int | str, tuple[tuple[bool, bool, int], int]] = {}
+    best: dict[int | str, tuple[_Rank, int]] = {}
+    nested: dict[int | str, tuple[_Rank, Tap]] = {}
 
     def offer(number: int, atom: int | str, is_contracted: bool, time: int) -> None:
-        alone = _alone(values[number], atom)
-        rank = (is_contracted, alone, time)
+        alone = _alone(values[number], atom, over.get(atom, ()))
+        rank = (is_contracted, alone, (time,))
         if number in carried and (atom not in best or rank > best[atom][0]):
             best[atom] = rank, number
 
@@ -147,13 +185,43 @@ def _taps(program: Program, values: list[Layout], carried: set[int]) -> dict[int
             producer[number] = op
             for atom in _names_in(values[number]):
                 offer(number, atom, False, time)
-    return {
-        atom: _before_pooling(number, atom, producer, values, carried)
-        for atom, (_, number) in best.items()
-    }
+        if op.name == "scan":
+            for atom, (inner, (place, layout)) in _scan_taps(op, carried, over, solver):
+                rank = inner[0], inner[1], (time, *inner[2])
+                if atom not in nested or rank > nested[atom][0]:
+                    nested[atom] = rank, ((op.outputs[0], *place), layout)
+    found = dict(nested)
+    for atom, (rank, number) in best.items():
+        if atom not in over or (atom in nested and nested[atom][0] > rank):
+            continue
+        number = _before_pooling(number, atom, producer, values, carried)
+        found[atom] = rank, ((number,), values[number])
+    return found
 
 
-def _alone(layout: Layout, atom: int | str) -> bool:
+def _scan_taps(
+    op: Op,
+    carried: set[int],
+    over: Mapping[int | str, tuple[int | str, ...]],
+    solver: Solver,
+) -> Iterator[tuple[int | str, tuple[_Rank, Tap]]]:
+    body, layouts = solver.bodies[id(op)]
+    values = [tuple(solver.resolve(term) for term in layout) for layout in layouts]
+    num_consts, num_carry = scan_counts(op.params)
+    results = [None] * num_consts + list(op.outputs[:num_carry])
+    results += [None] * (len(body.inputs) - len(results))
+    sources = [
+        inner
+        for inner, outer, result in zip(body.inputs, op.inputs, results, strict=True)
+        if outer in carried or result in carried
+    ]
+    loop = solver.resolve(solver.loops_of[id(op)])
+    inside = _taps(body, values, _depending(body, sources), over, solver)
+    for atom, (rank, (place, layout)) in inside.items():
+        yield atom, (rank, (place, (loop, *layout)))
+
+
+def _alone(layout: Layout, atom: int | str, over: Sequence[int | str]) -> bool:
     """Whether no other atom acts on the axes along which the statistics of `atom` are pooled."""
     carrying = [term for term in layout if atom in _names_in((term,))]
     segments = [
@@ -162,11 +230,12 @@ def _alone(layout: Layout, atom: int | str) -> bool:
         for segment in (term.parts if isinstance(term, Sum) else (term,))
         if atom in _names_in((segment,))
     ]
-    others = [term for term in layout if term not in carrying]
+    others = tuple(term for term in layout if term not in carrying)
     return (
         len(carrying) == 1
-        and not _names_in(tuple(others))
-        and all(_names_in((segment,)) == [atom] for segment in segments)
+        and set(_names_in(others)) <= set(over)
+        and all(set(_names_in((s,))) <= {atom, *over} for s in segments)
+        and all(_names_in((segment,)).count(atom) == 1 for segment in segments)
     )
 
 
@@ -223,6 +292,22 @@ def group_names(inference: Inference, variables: PyTree) -> dict[int | str, str]
     return names
 
 
+def loop_names(inference: Inference, groups: Mapping[int | str, str]) -> dict[int | str, str]:
+    """Names for the loops that groups vary over: the module whose leaves are stacked along them."""
+    loops = list(dict.fromkeys(o for over in inference.over.values() for o in over))
+    names: dict[int | str, str] = {}
+    for loop in (loop for loop in loops if loop not in groups):
+        stacked = [
+            leaf.split("/") for leaf, layout in inference.leaves if loop in _names_in(layout)
+        ]
+        common = [same[0] for same in zip(*stacked, strict=False) if len(set(same)) == 1]
+        base = name = "/".join(part for part in common if part != "params") or "layers"
+        while name in names.values() or name in groups.values():
+            name = f"{base}.{len(names)}"
+        names[loop] = name
+    return names
+
+
 def match_names(inference: Inference, layouts: Mapping[str, Layout]) -> dict[int | str, str]:
     """Which group of the symmetry `layouts` each atom of the inference is.
 
@@ -238,6 +323,8 @@ def match_names(inference: Inference, layouts: Mapping[str, Layout]) -> dict[int
             isinstance(found, Atom)
             and isinstance(known, Atom)
             and names.setdefault(found.name, str(known.name)) == known.name
+            # A permutation that varies is admitted only where the function lets it vary.
+            and len(known.over) <= len(inference.over.get(found.name, ()))
         ):
             return
         if (

@@ -10,6 +10,7 @@ fewer permutations, all of them valid, so the order of the equations never endan
 """
 
 import functools
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Fixed:
-    """Positions that carry meaning: only the identity acts."""
+    """Positions that carry meaning: only the identity acts.
+
+    A name says that permutations of other axes may vary over it: the iterations of a loop.
+    """
 
     size: int
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,15 @@ class Wild:
 
 @dataclass(frozen=True)
 class Atom:
-    """A permutation of `size` positions: a number while solving, a group's name afterwards."""
+    """A permutation of `size` positions: a number while solving, a group's name afterwards.
+
+    It may vary over other axes of the same leaf, whose names are in `over`: the iterations of a
+    loop, or another group, counted in its permuted order.
+    """
 
     size: int
     name: int | str
+    over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,10 @@ Layout = tuple[Term, ...]
 _MAX_SEGMENTS = 64
 
 
+def _is_plain(term: Term | None) -> bool:
+    return isinstance(term, Fixed) and term.name is None
+
+
 def prod(parts: Sequence[Term]) -> Term:
     """The row-major product: flattened, without factors of size one, neighbours merged."""
     merged: list[Term] = []
@@ -81,8 +95,8 @@ def prod(parts: Sequence[Term]) -> Term:
             if factor.size == 1:
                 continue
             last = merged[-1] if merged else None
-            if isinstance(factor, Fixed) and isinstance(last, Fixed):
-                merged[-1] = Fixed(last.size * factor.size)
+            if _is_plain(factor) and _is_plain(last):
+                merged[-1] = Fixed(merged[-1].size * factor.size)
             elif isinstance(factor, Wild) and isinstance(last, Wild):
                 merged[-1] = Wild(last.size * factor.size)
             else:
@@ -122,69 +136,175 @@ def atoms(term: Term) -> Iterator[Atom]:
             yield from atoms(part)
 
 
-def rename(term: Term, names: Mapping[int | str, str]) -> Term:
-    """Gives the atoms of a solved term their names; atoms without one become fixed."""
+def rename(
+    term: Term,
+    names: Mapping[int | str, str],
+    loops: Mapping[int | str, str] = types.MappingProxyType({}),
+    over: Mapping[str, tuple[str, ...]] = types.MappingProxyType({}),
+) -> Term:
+    """Gives the atoms of a solved term their names; atoms without one become fixed.
+
+    Args:
+        term: a solved term.
+        names: the names of groups, by atom.
+        loops: the names of loops, by atom.
+        over: for each group what its permutation varies over.
+    """
     match term:
+        case Atom(size, name) if name in names:
+            return Atom(size, names[name], over.get(names[name], ()))
         case Atom(size, name):
-            return Atom(size, names[name]) if name in names else Fixed(size)
+            return Fixed(size, loops.get(name))
         case Prod(parts):
-            return prod([rename(part, names) for part in parts])
+            return prod([rename(part, names, loops, over) for part in parts])
         case Sum(parts):
-            return concat([rename(part, names) for part in parts])
+            return concat([rename(part, names, loops, over) for part in parts])
     return term
 
 
-def index(term: Term, permutations: Mapping[Any, Any], xp: Any = jnp) -> Any:
+def companions(layout: Layout, name: int | str) -> Iterator[list[int | str | None]]:
+    """For every occurrence of an atom, the names of the other axes and factors beside it.
+
+    An occurrence inside a segment is beside the factors of its own segment, not of others.
+    """
+
+    def inside(term: Term) -> Iterator[list[int | str | None]]:
+        match term:
+            case Atom():
+                if term.name == name:
+                    yield []
+            case Prod(parts):
+                for i, part in enumerate(parts):
+                    for found in inside(part):
+                        yield found + beside([*parts[:i], *parts[i + 1 :]])
+            case Sum(parts):
+                for part in parts:
+                    yield from inside(part)
+
+    def beside(terms: Sequence[Term]) -> list[int | str | None]:
+        return [label(f) for t in terms for f in (t.parts if isinstance(t, Prod) else (t,))]
+
+    for axis, term in enumerate(layout):
+        for found in inside(term):
+            yield found + beside([*layout[:axis], *layout[axis + 1 :]])
+
+
+def label(term: Term) -> int | str | None:
+    """The name of a lone atom or of a loop, which other atoms may vary over; else None."""
+    return term.name if isinstance(term, Atom | Fixed) else None
+
+
+def index(
+    term: Term,
+    permutations: Mapping[Any, Any],
+    xp: Any = jnp,
+    beside: Sequence[int | str | None] = (),
+) -> Any:
     """The positions that permuted positions are taken from: `permuted[j] = original[index[j]]`.
 
     Args:
         term: a solved term.
-        permutations: an integer array for each atom of the term.
+        permutations: an integer array [n] for each atom of the term, or [*over, n].
         xp: the array module to compute with, `jax.numpy` or `numpy`.
+        beside: the labels of the axes beside this one.
+
+    Returns:
+        int32 [*beside, size], where an axis that nothing varies over has length one.
     """
+    ones = (1,) * len(beside)
     match term:
-        case Atom(_, name):
-            return xp.asarray(permutations[name]).astype(np.int32)
+        case Atom(size, name, over):
+            p = xp.asarray(permutations[name]).astype(np.int32)
+            if p.ndim == 1:
+                return p.reshape(*ones, size)
+            order = [over.index(other) for other in beside if other in over]
+            sizes = [p.shape[over.index(other)] if other in over else 1 for other in beside]
+            return p.transpose(*order, len(over)).reshape(*sizes, size)
         case Prod(parts):
-            rows = index(parts[0], permutations, xp)
-            for part in parts[1:]:
-                columns = index(part, permutations, xp)
-                rows = (rows[:, None] * part.size + columns[None, :]).reshape(-1)
-            return rows
+            sizes = [part.size for part in parts]
+            rows: Any = 0
+            for i, part in enumerate(parts):
+                others = [label(other) for other in (*parts[:i], *parts[i + 1 :])]
+                found = index(part, permutations, xp, (*beside, *others))
+                stride = int(np.prod(sizes[i + 1 :]))
+                rows = rows + xp.moveaxis(found, -1, len(beside) + i) * stride
+            return rows.reshape(*rows.shape[: len(beside)], term.size)
         case Sum(parts):
-            offsets = np.cumsum([0, *(part.size for part in parts[:-1])])
-            segments = zip(parts, offsets.tolist(), strict=True)
-            return xp.concatenate(
-                [index(part, permutations, xp) + start for part, start in segments]
-            )
-    return xp.arange(term.size, dtype=np.int32)
+            offsets = np.cumsum([0, *(part.size for part in parts[:-1])]).tolist()
+            found = [
+                index(part, permutations, xp, beside) + start
+                for part, start in zip(parts, offsets, strict=True)
+            ]
+            outer = np.broadcast_shapes(*(segment.shape[:-1] for segment in found))
+            found = [xp.broadcast_to(part, (*outer, part.shape[-1])) for part in found]
+            return xp.concatenate(found, axis=-1)
+    return xp.arange(term.size, dtype=np.int32).reshape(*ones, term.size)
 
 
-def views(value: Any, axis: int, term: Term, name: int | str) -> Iterator[tuple[Any, int]]:
-    """Every occurrence of an atom in one axis, as `(array, axis of that array)`.
+def take(value: Any, layout: Layout, permutations: Mapping[Any, Any], xp: Any = jnp) -> Any:
+    """Permutes an array by its layout: along each axis `permuted[j] = original[index[j]]`.
 
-    Products are reshaped apart and sums sliced apart, so the returned axis is the atom's alone.
+    What a permutation varies over is permuted first, so that it counts in the new order.
     """
-    if isinstance(term, Atom) and term.name == name:
-        yield value, axis
-    elif isinstance(term, Prod):
-        sizes = tuple(part.size for part in term.parts)
-        apart = value.reshape(*value.shape[:axis], *sizes, *value.shape[axis + 1 :])
-        for offset, part in enumerate(term.parts):
-            yield from views(apart, axis + offset, part, name)
-    elif isinstance(term, Sum):
-        start = 0
-        for part in term.parts:
-            segment = (slice(None),) * axis + (slice(start, start + part.size),)
-            if any(atom.name == name for atom in atoms(part)):
-                yield from views(value[segment], axis, part, name)
-            start += part.size
+    shape = np.shape(value)
+    if any(atom.over for term in layout for atom in atoms(term)):
+        layout = tuple(f for t in layout for f in (t.parts if isinstance(t, Prod) else (t,)))
+        value = value.reshape([term.size for term in layout])
+    labels = [label(term) for term in layout]
+    for axis in sorted(range(len(layout)), key=lambda axis: _depth(layout, layout[axis])):
+        if not any(True for _ in atoms(layout[axis])):
+            continue
+        beside = [*labels[:axis], *labels[axis + 1 :]]
+        where = index(layout[axis], permutations, xp, beside)
+        if where.size == layout[axis].size:
+            value = xp.take(value, where.reshape(-1), axis=axis)
+        else:
+            value = xp.take_along_axis(value, xp.moveaxis(where, -1, axis), axis=axis)
+    return value.reshape(shape)
 
 
-def rows(value: Any, axis: int) -> Any:
-    """Moves `axis` last and pools all others: `[S, n]`."""
-    order = [a for a in range(value.ndim) if a != axis] + [axis]
-    return value.transpose(order).reshape(-1, value.shape[axis])
+def _depth(layout: Layout, term: Term) -> int:
+    """How many permutations have to be applied before those of `term`, one upon the other."""
+    over = {atom.name: atom.over for t in layout for atom in atoms(t)}
+
+    def depth(name: int | str) -> int:
+        return 1 + max((depth(other) for other in over[name]), default=0) if name in over else 0
+
+    return max((depth(atom.name) for atom in atoms(term)), default=0)
+
+
+def occurrences(value: Any, layout: Layout, name: int | str) -> Iterator[tuple[Any, Layout, int]]:
+    """Every occurrence of an atom in an array, as `(array, its layout, axis)`.
+
+    Products are reshaped apart and sums sliced apart, so that the axis is the atom's alone, and
+    what it varies over are axes too.
+    """
+    for axis, term in enumerate(layout):
+        before, after = layout[:axis], layout[axis + 1 :]
+        if isinstance(term, Prod):
+            apart = (*before, *term.parts, *after)
+            yield from occurrences(value.reshape([t.size for t in apart]), apart, name)
+            return
+        if isinstance(term, Sum) and any(atom.name == name for atom in atoms(term)):
+            start = 0
+            for part in term.parts:
+                kept = (*before, part, *after)
+                if any(atom.name == name for t in kept for atom in atoms(t)):
+                    piece = value[(slice(None),) * axis + (slice(start, start + part.size),)]
+                    yield from occurrences(piece, kept, name)
+                start += part.size
+            return
+    for axis, term in enumerate(layout):
+        if isinstance(term, Atom) and term.name == name:
+            yield value, layout, axis
+
+
+def rows(value: Any, axes: Sequence[int], leading: Sequence[int] = ()) -> Any:
+    """Moves axes first and others last, and pools the rest: `[*leading, S, *axes]`."""
+    pooled = [a for a in range(value.ndim) if a not in (*axes, *leading)]
+    ends = [value.shape[a] for a in leading], [value.shape[a] for a in axes]
+    size = int(np.prod([value.shape[a] for a in pooled]))
+    return value.transpose([*leading, *pooled, *axes]).reshape([*ends[0], size, *ends[1]])
 
 
 class Solver:
@@ -193,6 +313,11 @@ class Solver:
     def __init__(self) -> None:
         self._bound: dict[int | str, Term] = {}
         self._count = 0
+        self.loops: set[int | str] = set()
+        self.seen: list[tuple[Any, list[Layout], list[Layout], tuple[Term, ...]]] = []
+        self.around: tuple[Term, ...] = ()
+        self.bodies: dict[int, tuple[Any, list[Layout]]] = {}
+        self.loops_of: dict[int, Term] = {}
         self.notes: list[str] = []
 
     def fresh(self, size: int) -> Term:
@@ -201,6 +326,13 @@ class Solver:
             return Fixed(size)
         self._count += 1
         return Atom(size, self._count)
+
+    def loop(self, size: int) -> Term:
+        """The iterations of a loop: fixed, but with an identity that permutations may vary over."""
+        term = self.fresh(size)
+        if isinstance(term, Atom):
+            self.loops.add(term.name)
+        return term
 
     def resolve(self, term: Term) -> Term:
         """`term` with everything that is known put in place of its atoms."""
@@ -217,7 +349,8 @@ class Solver:
     def fix(self, term: Term) -> Term:
         """Leaves only the identity on every atom of `term`."""
         for atom in list(atoms(self.resolve(term))):
-            self._bound[atom.name] = Fixed(atom.size)
+            if atom.name not in self.loops:
+                self._bound[atom.name] = Fixed(atom.size)
         return Fixed(term.size)
 
     def unify(self, x: Term, y: Term) -> Term:
@@ -259,7 +392,7 @@ class Solver:
         match term:
             case Wild():
                 return Wild(outer), Wild(inner)
-            case Atom():
+            case Atom() if term.name not in self.loops:
                 halves = self.fresh(outer), self.fresh(inner)
                 self._bound[term.name] = prod(halves)
                 return halves
@@ -302,7 +435,7 @@ class Solver:
         match term:
             case Wild(size):
                 return Wild(at), Wild(size - at)
-            case Atom(size, name):
+            case Atom(size, name) if name not in self.loops:
                 halves = self.fresh(at), self.fresh(size - at)
                 self._bound[name] = concat(halves)
                 return halves
@@ -339,6 +472,10 @@ class Solver:
         return tuple(cut)
 
     def _bind(self, atom: Atom, term: Term) -> Term:
+        if atom.name in self.loops:
+            if not isinstance(term, Atom):
+                return self.fix(term)
+            atom, term = (atom, term) if term.name in self.loops else (term, atom)
         term = self._materialise(term)
         self._bound[atom.name] = term
         return term

@@ -1,24 +1,24 @@
-"""Which unit of one model does the work of which unit of another: from activations or weights.
+"""Activation matching: which unit of one model does the work of which unit of another.
 
 Direction: a permutation `p` for the pair (reference, other) says that unit j of the reference
 goes with unit `p[j]` of the other model, so `symmetry.permute(permutations, other)` brings the
 other model into the reference's order.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import scipy.optimize
 
 from mixlab import trees
 from mixlab.align.assignment import assignment, is_concrete
-from mixlab.align.layout import atoms, rows, views
-from mixlab.align.symmetry import Permutations, Symmetry, activations, take
+from mixlab.align.symmetry import Permutations, Symmetry, activations
+from mixlab.align.wreath import match_family
 from mixlab.spec import nearest
-from mixlab.types import Array, Key, PyTree
+from mixlab.types import Array, PyTree
 
 
 class Moments(NamedTuple):
@@ -26,11 +26,11 @@ class Moments(NamedTuple):
 
     Attributes:
         total: the number of rows, a float [].
-        mean_reference: [n].
-        mean_other: [m].
-        squares_reference: the sums of squared deviations from the mean, [n].
-        squares_other: likewise, [m].
-        products: the sums of products of the deviations, [n, m].
+        mean_reference: [..., n].
+        mean_other: [..., m].
+        squares_reference: the sums of squared deviations from the mean, [..., n].
+        squares_other: likewise, [..., m].
+        products: the sums of products of the deviations, [..., n, m].
     """
 
     total: Array
@@ -46,23 +46,35 @@ def moments(reference: Array, other: Array) -> Moments:
     """The moments of one batch of activations.
 
     Args:
-        reference: [S, n], one column a unit.
-        other: [S, m], the same rows seen by the other model.
+        reference: [..., S, n], one column a unit.
+        other: [..., S, m], the same rows seen by the other model.
 
     Returns:
         The moments, in float32 or wider. Sums are taken of deviations from the mean, which keeps
         the digits that a difference of raw moments would lose.
     """
-    x, y = (values.astype(trees.wide(values.dtype)) for values in (reference, other))
-    mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
-    x, y = x - mean_x, y - mean_y
+    return _moments(_centred(reference), _centred(other))
+
+
+def _centred(values: Array) -> tuple[Array, Array, Array]:
+    """The mean, the deviations from it, and the sums of their squares."""
+    values = values.astype(trees.wide(values.dtype))
+    mean = jnp.mean(values, axis=-2)
+    deviations = values - mean[..., None, :]
+    return mean, deviations, jnp.sum(jnp.square(deviations), axis=-2)
+
+
+def _moments(x: tuple[Array, Array, Array], y: tuple[Array, Array, Array]) -> Moments:
+    (mean_x, deviations_x, squares_x), (mean_y, deviations_y, squares_y) = x, y
     return Moments(
-        total=jnp.asarray(reference.shape[0], x.dtype),
+        total=jnp.asarray(deviations_x.shape[-2], deviations_x.dtype),
         mean_reference=mean_x,
         mean_other=mean_y,
-        squares_reference=jnp.sum(jnp.square(x), axis=0),
-        squares_other=jnp.sum(jnp.square(y), axis=0),
-        products=jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST),
+        squares_reference=squares_x,
+        squares_other=squares_y,
+        products=jnp.matmul(
+            jnp.swapaxes(deviations_x, -1, -2), deviations_y, precision=jax.lax.Precision.HIGHEST
+        ),
     )
 
 
@@ -85,8 +97,12 @@ def merge_moments(first: Moments, second: Moments) -> Moments:
         + second.squares_reference
         + weight * jnp.square(step_x),
         squares_other=first.squares_other + second.squares_other + weight * jnp.square(step_y),
-        products=first.products + second.products + weight * jnp.outer(step_x, step_y),
+        products=first.products + second.products + weight * _outer(step_x, step_y),
     )
+
+
+def _outer(x: Array, y: Array) -> Array:
+    return x[..., :, None] * y[..., None, :]
 
 
 @jax.jit
@@ -104,7 +120,7 @@ def correlation(statistics: Moments) -> Array:
     et al. 2024) and of ZipIt (Stoica et al. 2024, section 4).
     """
     spread = jnp.sqrt(
-        jnp.outer(
+        _outer(
             statistics.squares_reference / statistics.total,
             statistics.squares_other / statistics.total,
         )
@@ -120,7 +136,7 @@ def second_moment(statistics: Moments) -> Array:
     published code divides the covariance by the number of rows less one.
     """
     unbiased = statistics.products / jnp.maximum(statistics.total - 1, 1)
-    return unbiased + jnp.outer(statistics.mean_reference, statistics.mean_other)
+    return unbiased + _outer(statistics.mean_reference, statistics.mean_other)
 
 
 STATISTICS: dict[str, Callable[[Moments], Array]] = {
@@ -138,33 +154,50 @@ def dead_units(group_activations: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def match_moments(
-    statistics: Mapping[str, Moments], *, statistic: str = "correlation", backend: str | None = None
+    statistics: Mapping[str, Moments],
+    *,
+    statistic: str = "correlation",
+    backend: str | None = None,
+    symmetry: Symmetry | None = None,
 ) -> Permutations:
     """The best permutation of every group, from moments collected over any number of batches.
 
     Args:
-        statistics: `Moments` by group.
+        statistics: `Moments` by group, of [S, n]; where the permutation varies over loops of
+            [*loops, S, n], and over groups of all their units beside each other, [S, U].
         statistic: "correlation" or "second_moment": the score of a pair of units.
         backend: see `assignment`.
+        symmetry: needed where permutations vary over other groups.
 
     Returns:
-        int32 [n] by group.
+        int32 [n] by group, or `symmetry.shape(group)`.
 
     Raises:
         ValueError: an unknown statistic, or moments of a group that are not finite.
     """
     if statistic not in STATISTICS:
         raise ValueError(f"unknown statistic {statistic!r}; {nearest(statistic, STATISTICS)}")
-    result: Permutations = {}
-    for name, group in statistics.items():
-        scores = STATISTICS[statistic](group)
-        if is_concrete(scores) and not bool(jnp.all(jnp.isfinite(scores))):
+    scores = {name: STATISTICS[statistic](group) for name, group in statistics.items()}
+    for name, group in scores.items():
+        if is_concrete(group) and not bool(jnp.all(jnp.isfinite(group))):
             raise ValueError(
                 f"the activations of group {name!r} contain NaN or infinity: check the inputs and "
                 "parameters of both models"
             )
-        result[name] = assignment(scores, backend=backend)
-    return result
+    solve = functools.partial(assignment, backend=backend)
+    found: Permutations = {}
+    for family in [] if symmetry is None else symmetry.families:
+        if len(family) > 1:
+            members = {name: scores.pop(name) for name in family if name in scores}
+            found.update(match_family(members, family, solve, jnp)[0])
+    # Groups of one width are solved together.
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, group in scores.items():
+        by_shape.setdefault(group.shape, []).append(name)
+    for names in by_shape.values():
+        solved = solve(jnp.stack([scores[name] for name in names]))
+        found.update({name: solved[i] for i, name in enumerate(names)})
+    return found
 
 
 def match_activations(
@@ -173,6 +206,7 @@ def match_activations(
     *,
     statistic: str = "correlation",
     backend: str | None = None,
+    symmetry: Symmetry | None = None,
 ) -> Permutations:
     """The permutations that bring the other model's units into the reference's order.
 
@@ -183,27 +217,47 @@ def match_activations(
         other: the other model's, for the same inputs.
         statistic: "correlation" (DIMAT) or "second_moment" (Git Re-Basin).
         backend: see `assignment`.
+        symmetry: needed where permutations vary over loops or other groups.
 
     Returns:
-        int32 [n] by group: unit j of the reference goes with unit `p[j]` of the other.
+        int32 [n] by group: unit j of the reference goes with unit `p[j]` of the other; or
+        `symmetry.shape(group)`.
 
     Raises:
         ValueError: the groups or shapes differ, an unknown statistic, or activations that are not
             finite (under a transformation see `assignment`).
     """
+    check_activations(reference, other, symmetry)
+    statistics = {
+        name: moments(_units(name, x, symmetry), _units(name, other[name], symmetry))
+        for name, x in reference.items()
+    }
+    return match_moments(statistics, statistic=statistic, backend=backend, symmetry=symmetry)
+
+
+def check_activations(
+    reference: Mapping[str, Array], other: Mapping[str, Array], symmetry: Symmetry | None
+) -> None:
+    """Raises a `ValueError` where two models' activations cannot be compared."""
     if set(reference) != set(other):
         raise ValueError(
             f"both models need activations of the same groups, got {sorted(reference)} and "
             f"{sorted(other)}"
         )
     for name, values in reference.items():
-        if values.ndim != 2 or values.shape != other[name].shape:
+        rank = 2 if symmetry is None else 1 + len(symmetry.shape(name))
+        if values.ndim != rank or values.shape != other[name].shape:
+            varying = "" if rank == 2 else " (with an axis for each loop and group it varies over)"
             raise ValueError(
-                f"the activations of group {name!r} must have one shape [S, n], got "
+                f"the activations of group {name!r} must have one shape [S, n]{varying}, got "
                 f"{values.shape} and {other[name].shape}"
             )
-    statistics = {name: moments(values, other[name]) for name, values in reference.items()}
-    return match_moments(statistics, statistic=statistic, backend=backend)
+
+
+def _units(name: str, values: Array, symmetry: Symmetry | None) -> Array:
+    """[*loops, S, *groups, n] as [*loops, S, U]."""
+    outer = 0 if symmetry is None else sum(o in symmetry.groups for o in symmetry.over[name])
+    return values.reshape(*values.shape[: values.ndim - outer - 1], -1)
 
 
 def activation_matching(
@@ -217,8 +271,8 @@ def activation_matching(
 ) -> Permutations:
     """Matches the units of two models by their activations on the same inputs.
 
-    For statistics over many batches, or among many models, call `Symmetry.activations` once a
-    model, `moments` and `merge_moments` once a pair, and `match_moments` at the end.
+    Over many batches, or for many models: `match_models`. A unit that never varies (a dead one)
+    has no correlation: it takes what the others leave; `matching_report` counts them.
 
     Args:
         symmetry: the groups.
@@ -230,157 +284,166 @@ def activation_matching(
         backend: see `assignment`.
 
     Returns:
-        int32 [n] for every group; groups without activations keep their order.
+        int32 [n] for every group, or `symmetry.shape(group)`; groups without activations keep
+        their order.
 
     Raises:
         ValueError: trees that do not match, activations that are not finite, or a function that
             does not have the symmetry.
     """
     trees.check_same_structure(reference, other, what="the two models")
-    run = symmetry.jitted_activations if fn is symmetry.fn else _compiled(symmetry, fn)
+    run = _jitted(symmetry, fn)
     matched = match_activations(
-        run(reference, *inputs), run(other, *inputs), statistic=statistic, backend=backend
+        run(reference, *inputs),
+        run(other, *inputs),
+        statistic=statistic,
+        backend=backend,
+        symmetry=symmetry,
     )
     return {**symmetry.identity(), **matched}
 
 
-def _compiled(symmetry: Symmetry, fn: Callable[..., Any]) -> Callable[..., dict[str, Array]]:
-    return jax.jit(lambda variables, *inputs: activations(symmetry, fn, variables, *inputs))
-
-
-def weight_matching(
+def activation_statistics(
     symmetry: Symmetry,
-    reference: PyTree,
-    other: PyTree,
+    fn: Callable[..., Any],
+    models: Sequence[PyTree],
+    batches: Iterable[Any],
     *,
-    key: Key | None = None,
-    order: Sequence[Sequence[str]] | None = None,
-    max_iterations: int = 100,
-    leaves: Sequence[str] | None = None,
-) -> Permutations:
-    """Matches the units of two models by their weights: coordinate descent over the groups.
-
-    One group at a time, all others held, the permutation is chosen that maximises the inner
-    product of the two models' parameters; sweeps repeat until one brings no gain. Runs on the
-    host in NumPy, whose small matrix products need no compilation.
+    pairs: Sequence[tuple[int, int]] | None = None,
+) -> dict[tuple[int, int], dict[str, Moments]]:
+    """Moments between the units of models, streamed over batches; one forward pass a model.
 
     Args:
         symmetry: the groups.
-        reference: variables of the model that keeps its order.
-        other: variables of the model to permute.
-        key: draws the order in which each sweep visits the groups; without it every sweep takes
-            the order of `symmetry.groups`.
-        order: the groups' names in visiting order, one row a sweep, to replay a run; there are
-            then at most so many sweeps.
-        max_iterations: the largest number of sweeps.
-        leaves: names of the leaves that count in the inner product; by default those under
-            `"params"` if there are any, else all floating leaves.
+        fn: the function `fn(variables, *inputs)` that has the symmetry.
+        models: M variables.
+        batches: inputs of `fn`, one after the other: an array, or a tuple for several inputs.
+        pairs: the numbers of the models to compare; by default every two, the lower one first. A
+            pair (i, i) gives the moments within a model.
 
     Returns:
-        int32 [n] by group: unit j of the reference goes with unit `p[j]` of the other.
+        By pair `Moments` for each group, as `match_moments` takes them.
 
     Raises:
-        ValueError: trees that do not match the symmetry or each other, values that are not
-            finite, or both `key` and `order`.
-        KeyError: `leaves` or `order` names something unknown.
-
-    Source: Ainsworth et al. 2023 ("Git Re-Basin"), section 3.2 and algorithm 1, generalised to
-    groups that occur as factors or segments of an axis, or on several axes of one leaf.
+        ValueError: no batches, no pairs, trees that do not match, or a function that does not
+            have the symmetry.
     """
-    if key is not None and order is not None:
-        raise ValueError("give either key, to draw the visiting order, or order, to replay one")
-    trees.check_same_structure(reference, other, what="the two models")
-    ours, theirs = _weights(symmetry, reference, leaves), _weights(symmetry, other, leaves)
-    current = dict(theirs)
-    permutations = {name: np.arange(size) for name, size in symmetry.groups.items()}
-    touched = {
-        group: [leaf for leaf in symmetry.leaves_of(group) if leaf in ours]
-        for group in symmetry.groups
-    }
-
-    def permuted(leaf: str, chosen: Mapping[str, Any]) -> Any:
-        return take(theirs[leaf], symmetry.layouts[leaf], chosen, np)
-
-    def improve(group: str) -> bool:
-        before = permutations[group]
-        scores = np.zeros((before.size, before.size))
-        for leaf in touched[group]:
-            # The other model's columns are in their present order: undone at the end.
-            scores[:, before] += _overlap(ours[leaf], current[leaf], symmetry.layouts[leaf], group)
-        after = scipy.optimize.linear_sum_assignment(scores, maximize=True)[1]
-        units = np.arange(before.size)
-        if scores[units, after].sum() - scores[units, before].sum() <= 1e-12:
-            return False
-        chosen = {**permutations, group: after}
-        moved = {leaf: permuted(leaf, chosen) for leaf in touched[group]}
-        # A group on two axes of one leaf is not linear in its permutation: look before leaping.
-        if any(_times(symmetry, leaf, group) > 1 for leaf in moved):
-            gain = sum(np.vdot(ours[k], v) - np.vdot(ours[k], current[k]) for k, v in moved.items())
-            if gain <= 1e-12:
-                return False
-        permutations[group] = after
-        current.update(moved)
-        return True
-
-    for sweep in _sweeps(list(symmetry.groups), key, order, max_iterations):
-        if not any([improve(group) for group in sweep]):
-            break
-    return {name: jnp.asarray(p, jnp.int32) for name, p in permutations.items()}
+    models = list(models)
+    pairs = tuple(itertools.combinations(range(len(models)), 2) if pairs is None else pairs)
+    if not pairs:
+        raise ValueError(f"no pairs to compare among {len(models)} models: give at least two")
+    for model in models[1:]:
+        trees.check_same_structure(models[0], model, what="the models")
+    run = _jitted(symmetry, fn)
+    used = sorted({i for pair in pairs for i in pair})
+    total: Any = None
+    for batch in batches:
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        seen = {i: run(models[i], *inputs) for i in used}
+        units = {i: {k: _units(k, x, symmetry) for k, x in a.items()} for i, a in seen.items()}
+        found = _paired_moments(units, pairs)
+        total = found if total is None else _merge_all(total, found)
+    if total is None:
+        raise ValueError("no batches: statistics need at least one")
+    return dict(zip(pairs, total, strict=True))
 
 
-def _overlap(ours: Any, theirs: Any, layout: Any, group: str) -> np.ndarray:
-    """Inner products of the slices that belong to the units of a group, [n, n]."""
-    pairs = (
-        (rows(a, at), rows(b, at))
-        for axis, term in enumerate(layout)
-        for (a, at), (b, _) in zip(
-            views(ours, axis, term, group), views(theirs, axis, term, group), strict=True
-        )
+@functools.partial(jax.jit, static_argnums=1)
+def _paired_moments(
+    units: dict[int, dict[str, Array]], pairs: tuple[tuple[int, int], ...]
+) -> list[dict[str, Moments]]:
+    # Every model is centred once, whatever the number of its pairs.
+    centred = {i: {name: _centred(x) for name, x in a.items()} for i, a in units.items()}
+    return [
+        {name: _moments(x, centred[j][name]) for name, x in centred[i].items()} for i, j in pairs
+    ]
+
+
+@jax.jit
+def _merge_all(first: PyTree, second: PyTree) -> PyTree:
+    return jax.tree.map(merge_moments, first, second, is_leaf=lambda x: isinstance(x, Moments))
+
+
+def match_models(
+    symmetry: Symmetry,
+    fn: Callable[..., Any],
+    models: Sequence[PyTree],
+    batches: Iterable[Any],
+    *,
+    reference: int = 0,
+    statistic: str = "correlation",
+    backend: str | None = None,
+) -> Permutations:
+    """Matches many models to one of them by activations over many batches.
+
+    Args:
+        symmetry: the groups.
+        fn: the function `fn(variables, *inputs)` that has the symmetry.
+        models: M variables.
+        batches: as for `activation_statistics`.
+        reference: the number of the model that keeps its order.
+        statistic: "correlation" or "second_moment".
+        backend: see `assignment`.
+
+    Returns:
+        int32 [M, *shape] by group: `jax.vmap(symmetry.permute)` brings the stacked models into the
+        order of the reference.
+
+    Raises:
+        ValueError: as `activation_statistics` and `match_moments`.
+    """
+    pairs = [(reference, i) for i in range(len(models)) if i != reference]
+    statistics = activation_statistics(symmetry, fn, models, batches, pairs=pairs)
+    match = functools.partial(
+        match_moments, statistic=statistic, backend=backend, symmetry=symmetry
     )
-    return np.sum([a.T @ b for a, b in pairs], axis=0)
+    matched = {other: match(found) for (_, other), found in statistics.items()}
+    return trees.stack([{**symmetry.identity(), **matched.get(i, {})} for i in range(len(models))])
 
 
-def _times(symmetry: Symmetry, leaf: str, group: str) -> int:
-    return sum(atom.name == group for term in symmetry.layouts[leaf] for atom in atoms(term))
+def matching_report(
+    statistics: Mapping[str, Moments],
+    permutations: Mapping[str, Array],
+    *,
+    symmetry: Symmetry | None = None,
+) -> dict[str, dict[str, float]]:
+    """How well the units of each group found their partners, and which units none could find.
+
+    Args:
+        statistics: `Moments` by group.
+        permutations: of the same groups, as `match_moments` returns them.
+        symmetry: needed where permutations vary over loops or other groups.
+
+    Returns:
+        By group: "units"; "dead_reference" and "dead_other", how many never vary, whose place is
+        arbitrary since no correlation tells them apart; "correlation", the mean over the
+        reference's live units of the correlation with their partner; and "before", the same
+        without permuting.
+    """
+    report: dict[str, dict[str, float]] = {}
+    for name, group in statistics.items():
+        scores = correlation(group)
+        alive = ~_constant(group.squares_reference, group.mean_reference, group.total)
+        dead_other = _constant(group.squares_other, group.mean_other, group.total)
+        partner = permutations[name] if symmetry is None else symmetry.units(name, permutations)
+        matched = jnp.take_along_axis(scores, partner[..., None], axis=-1)[..., 0]
+        before = jnp.diagonal(scores, axis1=-2, axis2=-1)
+        report[name] = {
+            "units": float(group.squares_reference.size),
+            "dead_reference": float(jnp.sum(~alive)),
+            "dead_other": float(jnp.sum(dead_other)),
+            "correlation": float(jnp.mean(matched, where=alive)) if alive.any() else 0.0,
+            "before": float(jnp.mean(before, where=alive)) if alive.any() else 0.0,
+        }
+    return report
 
 
-def _weights(
-    symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None
-) -> dict[str, np.ndarray]:
-    """The leaves that count, on the host, in float32 or wider."""
-    named = dict(trees.named_leaves(variables))
-    for name, layout in symmetry.layouts.items():
-        shape = tuple(term.size for term in layout)
-        if name not in named or np.shape(named[name]) != shape:
-            found = np.shape(named[name]) if name in named else "none"
-            raise ValueError(f"the symmetry has leaf {name!r} of shape {shape}, the model {found}")
-    if leaves is None:
-        params = [name for name in symmetry.layouts if name.startswith("params/")]
-        leaves = params or list(symmetry.layouts)
-    result = {}
-    for name in leaves:
-        if name not in symmetry.layouts:
-            raise KeyError(f"no leaf {name!r}; {nearest(name, symmetry.layouts)}")
-        if trees.is_inexact(named[name]):
-            value = np.asarray(named[name])
-            value = value if value.dtype == np.float64 else value.astype(np.float32)
-            if not np.all(np.isfinite(value)):
-                raise ValueError(f"leaf {name!r} contains NaN or infinity")
-            result[name] = value
-    return result
+def _constant(squares: Array, mean: Array, total: Array) -> Array:
+    """Whether a unit's deviations are no more than what rounding the mean leaves."""
+    return squares <= total * jnp.square(4 * jnp.finfo(mean.dtype).eps * mean)
 
 
-def _sweeps(
-    groups: list[str], key: Key | None, order: Sequence[Sequence[str]] | None, max_iterations: int
-) -> Any:
-    for iteration in range(max_iterations if order is None else min(max_iterations, len(order))):
-        if order is not None:
-            unknown = set(order[iteration]) - set(groups)
-            if unknown:
-                raise KeyError(f"order names {sorted(unknown)}; the groups are {groups}")
-            yield list(order[iteration])
-        elif key is not None:
-            drawn = jax.random.permutation(jax.random.fold_in(key, iteration), len(groups))
-            yield [groups[i] for i in np.asarray(drawn)]
-        else:
-            yield groups
+def _jitted(symmetry: Symmetry, fn: Callable[..., Any]) -> Callable[..., dict[str, Array]]:
+    if fn is symmetry.fn:
+        return symmetry.jitted_activations
+    return jax.jit(lambda variables, *inputs: activations(symmetry, fn, variables, *inputs))

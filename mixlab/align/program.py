@@ -1,6 +1,6 @@
 """A traced function as one flat list of primitive operations, which can be read and evaluated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ class Op:
         return self.primitive.name
 
 
+Place = tuple[int, ...]
+"""Where a value is: its number; or, in a scan's body, the number of the scan's first result, which
+names the scan, and then the place in the body."""
+
+
 class Program:
     """The operations that the results need, in order, nested calls inlined; values are numbered.
 
@@ -68,13 +73,13 @@ class Program:
         self.ops = [op for op in self.ops if self.needed.intersection(op.outputs)]
 
     def evaluate(
-        self, arguments: Sequence[Any], wanted: Sequence[int], *, dtype: Any = None
+        self, arguments: Sequence[Any], wanted: Sequence[Place], *, dtype: Any = None
     ) -> list[Array]:
-        """Runs the program and returns the values numbered `wanted`.
+        """Runs the program and returns the values at the places `wanted`.
 
         Args:
             arguments: one array for each of `inputs`.
-            wanted: numbers of values.
+            wanted: places of values; a value in a scan's body comes stacked over the iterations.
             dtype: computes all floating values in this precision instead of the traced ones, which
                 the arguments must have too.
 
@@ -86,7 +91,18 @@ class Program:
             raise ValueError("a program with control flow runs in the precision it was traced in")
         values: dict[int, Any] = {i: _cast(value, dtype) for i, value in self.constants.items()}
         values.update(zip(self.inputs, arguments, strict=True))
+        inside: dict[int, list[Place]] = {}
+        for place in wanted:
+            if len(place) > 1:
+                inside.setdefault(place[0], []).append(place[1:])
+        tapped: dict[Place, Array] = {}
         for op in self.ops:
+            if op.outputs[0] in inside:
+                places = inside[op.outputs[0]]
+                results, found = _scan(op, [values[i] for i in op.inputs], places)
+                tapped.update({(op.outputs[0], *p): x for p, x in zip(places, found, strict=True)})
+                values.update(zip(op.outputs, results, strict=True))
+                continue
             operands = [values[i] for i in op.inputs]
             if dtype is not None and op.name == "reduce_precision":
                 results = operands
@@ -95,7 +111,7 @@ class Program:
                 result = op.primitive.bind(*operands, **params)
                 results = result if op.primitive.multiple_results else [result]
             values.update(zip(op.outputs, results, strict=True))
-        return [values[i] for i in wanted]
+        return [values[place[0]] if len(place) == 1 else tapped[place] for place in wanted]
 
     @property
     def is_straight(self) -> bool:
@@ -145,6 +161,33 @@ class Program:
 def trace(fn: Callable[..., Any], *arguments: PyTree) -> Program:
     """Traces `fn(*arguments)`; the program's inputs are the leaves of the arguments in order."""
     return Program(jax.make_jaxpr(fn)(*arguments))
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "ft_in" in params:  # JAX 0.12
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
+def _scan(op: Op, operands: list[Any], places: list[Place]) -> tuple[list[Any], list[Array]]:
+    """Runs a scan; returns its results and values of its body, stacked over the iterations."""
+    body = Program(op.params["jaxpr"])
+    num_consts, num_carry = scan_counts(op.params)
+    consts, stacked = operands[:num_consts], operands[num_consts + num_carry :]
+
+    def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
+        wanted = [*((number,) for number in body.outputs), *places]
+        values = body.evaluate([*consts, *carry, *slices], wanted)
+        ends = num_carry, len(body.outputs)
+        return values[: ends[0]], (values[ends[0] : ends[1]], values[ends[1] :])
+
+    carry = operands[num_consts : num_consts + num_carry]
+    kept, (results, found) = jax.lax.scan(
+        step, carry, stacked, length=op.params["length"], reverse=op.params["reverse"]
+    )
+    return [*kept, *results], found
 
 
 def _cast(value: Any, dtype: Any) -> Any:

@@ -4,11 +4,10 @@ A rule names the permutations that a primitive commutes with. A primitive withou
 axis that a primitive treats by position, becomes fixed: fewer permutations, never a wrong one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from mixlab.align.layout import Fixed, Layout, Solver, Sum, Term, Wild, concat, prod
-from mixlab.align.program import Op, Program
+from mixlab.align.layout import Atom, Fixed, Layout, Solver, Sum, Term, Wild, concat, prod
+from mixlab.align.program import Op, Program, scan_counts
 
 Rule = Callable[[Solver, Op, list[Layout]], list[Layout]]
 _RULES: dict[str, Rule] = {}
@@ -24,19 +23,25 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def interpret(solver: Solver, program: Program, arguments: Sequence[Layout]) -> list[Layout]:
+def interpret(
+    solver: Solver, program: Program, arguments: Sequence[Layout], loops: tuple[Term, ...] = ()
+) -> list[Layout]:
     """Runs `program` on layouts and returns the layout of every value of the program.
 
-    Primitives that have no rule are named in `solver.notes`.
+    Primitives that have no rule are named in `solver.notes`; every operation, those of the bodies
+    of control flow too, is appended to `solver.seen` with the loops around it.
     """
     layouts: list[Layout] = [tuple(Fixed(size) for size in shape) for shape in program.shapes]
     for number, layout in zip(program.inputs, arguments, strict=True):
         layouts[number] = layout
+    outer, solver.around = solver.around, (*solver.around, *loops)
     for op in program.ops:
         given = [layouts[i] for i in op.inputs]
         results = _RULES.get(op.name, _unknown)(solver, op, given)
+        solver.seen.append((op, given, results, solver.around))
         for number, layout in zip(op.outputs, results, strict=True):
             layouts[number] = layout
+    solver.around = outer
     return layouts
 
 
@@ -355,27 +360,28 @@ def _carried(solver: Solver, layouts: Sequence[Layout]) -> list[Layout]:
     ]
 
 
-def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried."""
-    if "ft_in" in params:  # JAX 0.12
-        consts, carry, _ = params["ft_in"].unpack()
-        return len(consts), len(carry)
-    return params["num_consts"], params["num_carry"]
-
-
 @rule("scan")
 def _scan(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
-    num_consts, num_carry = _scan_counts(op.params)
+    num_consts, num_carry = scan_counts(op.params)
     consts = layouts[:num_consts]
     carry = _carried(solver, layouts[num_consts : num_consts + num_carry])
     stacked = layouts[num_consts + num_carry :]
-    _fix(solver, *(layout[:1] for layout in stacked))
+    loop = solver.loop(op.params["length"])
+    for layout in stacked:
+        # What was fixed before, such as the steps of an input, has no identity to share.
+        if isinstance(solver.resolve(layout[0]), Atom):
+            solver.unify(layout[0], loop)
+        else:
+            solver.fix(layout[0])
     program = Program(op.params["jaxpr"])
-    values = interpret(solver, program, [*consts, *carry, *(layout[1:] for layout in stacked)])
+    inner = [*consts, *carry, *(layout[1:] for layout in stacked)]
+    values = interpret(solver, program, inner, loops=(loop,))
+    solver.bodies[id(op)] = program, values
+    solver.loops_of[id(op)] = loop
     results = [values[i] for i in program.outputs]
     for before, after in zip(carry, results[:num_carry], strict=True):
         _common(solver, [before, after], [term.size for term in before])
-    return [*carry, *((Fixed(op.params["length"]), *layout) for layout in results[num_carry:])]
+    return [*carry, *((loop, *layout) for layout in results[num_carry:])]
 
 
 @rule("while")

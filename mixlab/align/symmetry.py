@@ -20,16 +20,35 @@ from mixlab.align.inference import (
     Inference,
     group_names,
     infer,
+    loop_names,
     match_names,
     shapes,
 )
-from mixlab.align.layout import Atom, Fixed, Layout, atoms, describe, index, rename, rows, views
+from mixlab.align.layout import (
+    Atom,
+    Fixed,
+    Layout,
+    atoms,
+    describe,
+    index,
+    label,
+    occurrences,
+    prod,
+    rename,
+    rows,
+    take,
+)
 from mixlab.align.program import trace
+from mixlab.align.wreath import Member, families
 from mixlab.spec import nearest
 from mixlab.types import Array, Key, PyTree
 
 Permutations = dict[str, Any]
-"""For each group an integer array [n] (or numpy array): `permuted[j] = original[p[j]]`."""
+"""For each group an integer array (or numpy array): `permuted[j] = original[p[j]]`.
+
+[n], or [*over, n] where the permutation varies over loops or other groups (`Symmetry.shape`); an
+array [n] is then used for all of them.
+"""
 
 # Relative to the largest output: what renumbering the order of sums may change.
 _TOLERANCES = {8: 1e-9, 4: 1e-3, 2: 1e-1}
@@ -43,6 +62,9 @@ class Symmetry:
         groups: the size of each group, by name.
         layouts: for each leaf of the variables, by name, a term an axis that says which groups
             act on it and how.
+        over: for each group the names of what its permutation may vary over: loops, such as the
+            layers of a scan, and other groups, such as the heads of an attention.
+        loops: the length of each loop in `over`, by name.
         notes: axes left fixed for want of knowledge, such as unknown primitives.
         fn: the function `fn(variables, *inputs)`, or None for a specification without one.
         variables: the variables that the symmetry was inferred from; `check` starts from them.
@@ -51,6 +73,8 @@ class Symmetry:
 
     groups: dict[str, int]
     layouts: dict[str, Layout]
+    over: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    loops: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     fn: Callable[..., Any] | None = field(default=None, repr=False)
     variables: PyTree = field(default=None, repr=False)
@@ -104,30 +128,95 @@ class Symmetry:
                 Fixed(size) if group is None else Atom(size, group)
                 for group, size in zip(entry, sizes[name], strict=True)
             )
-        symmetry = cls(groups, layouts, (), fn, variables, inputs)
+        symmetry = cls(
+            groups, layouts, dict.fromkeys(groups, ()), fn=fn, variables=variables, inputs=inputs
+        )
         if fn is not None:
             symmetry.check(jax.random.key(0))
         return symmetry
 
+    @functools.cached_property
+    def families(self) -> list[dict[str, Member]]:
+        """The groups, those together whose permutations vary over one another."""
+        return families(self.over, self.groups, self.loops)
+
+    @functools.cached_property
+    def problems(self) -> dict[Any, Any]:
+        """What weight matching has worked out, by the leaves that count."""
+        return {}
+
+    def shape(self, group: str) -> tuple[int, ...]:
+        """The shape of a group's permutations: its size, after those of what it varies over."""
+        sizes = {**self.loops, **self.groups}
+        return (*(sizes[name] for name in self.over[group]), self.groups[group])
+
     def identity(self) -> Permutations:
         """The permutations that change nothing."""
-        return {name: jnp.arange(size, dtype=jnp.int32) for name, size in self.groups.items()}
+        return {name: jnp.asarray(p) for name, p in self._host_identity().items()}
 
     def random(self, key: Key) -> Permutations:
-        """Draws a uniformly random permutation for every group."""
+        """Draws a uniformly random permutation for every group, and all that it varies over."""
         return {
             name: jax.random.permutation(
-                trees.name_key(key, name), jnp.arange(size, dtype=jnp.int32)
+                trees.name_key(key, name), jnp.asarray(p), axis=-1, independent=p.ndim > 1
             )
-            for name, size in self.groups.items()
+            for name, p in self._host_identity().items()
         }
+
+    def compose(self, second: Mapping[str, Any], first: Mapping[str, Any]) -> Permutations:
+        """The permutations that act like `first` and then `second`.
+
+        `permute(compose(second, first), x)` is `permute(second, permute(first, x))`.
+        """
+        first, second = self.checked(first), self.checked(second)
+        xp = np if is_host((first, second)) else jnp
+        return {
+            name: take(first[name], self.layout_of_group(name), second, xp) for name in self.groups
+        }
+
+    def inverse(self, permutations: Mapping[str, Any]) -> Permutations:
+        """The permutations that undo `permutations`."""
+        permutations = self.checked(permutations)
+        xp = np if is_host(permutations) else jnp
+        inverse: Permutations = {}
+        # What a group varies over is undone first, for the inverse counts in that order.
+        for name in sorted(self.groups, key=lambda name: len(self.over[name])):
+            undone = xp.argsort(permutations[name], axis=-1).astype(np.int32)
+            if undone.ndim > 1:
+                outer = (*self.layout_of_group(name)[:-1], Fixed(self.groups[name]))
+                undone = take(undone, outer, inverse, xp)
+            inverse[name] = undone
+        return {name: inverse[name] for name in self.groups}
+
+    def units(self, group: str, permutations: Mapping[str, Any]) -> Array:
+        """A group's permutation of all its units: those of every group that it varies over.
+
+        Returns:
+            int32 [*loops, U]; for a group that varies over nothing its permutation.
+        """
+        *outer, unit = self.layout_of_group(group)
+        full = self.checked(permutations)
+        loops = [label(term) for term in outer if isinstance(term, Fixed)]
+        term = prod([*(term for term in outer if not isinstance(term, Fixed)), unit])
+        found = index(term, full, jnp, loops)
+        return jnp.broadcast_to(found, (*(self.loops[str(loop)] for loop in loops), term.size))
+
+    def layout_of_group(self, group: str) -> Layout:
+        """The layout of a group's own permutations, which are permuted like any leaf."""
+        outer = [
+            Atom(self.groups[name], name, self.over[name])
+            if name in self.groups
+            else Fixed(self.loops[name], name)
+            for name in self.over[group]
+        ]
+        return (*outer, Atom(self.groups[group], group, self.over[group]))
 
     def permute(self, permutations: Mapping[str, Any], tree: PyTree) -> PyTree:
         """Renumbers the units: `permuted[j] = original[p[j]]` along every axis of a group.
 
         Args:
-            permutations: an integer array [n] for each group, possibly traced; a group that is
-                absent keeps its order.
+            permutations: an integer array [n] or `shape(group)` for each group, possibly traced; a
+                group that is absent keeps its order.
             tree: the variables, their `"params"` alone, or any tree that holds copies of them
                 under the same names: gradients, moving averages, optimizer states (the moments
                 follow their weights), a whole train state. Arrays with at most one element and
@@ -141,7 +230,7 @@ class Symmetry:
             ValueError: a permutation has the wrong shape or is none, or a leaf of `tree` mirrors
                 no leaf of the variables.
         """
-        full = self._checked(permutations)
+        full = self.checked(permutations)
         moving: dict[str, Any] = {}
 
         def collect(name: str, leaf: Any, layout: Layout) -> Any:
@@ -174,7 +263,9 @@ class Symmetry:
 
         Returns:
             Arrays [S, n] by group; S counts the positions of all other axes (examples, pixels).
-            A group whose units never meet the inputs is absent.
+            Where the permutation varies, [*loops, S, *groups, n]: over loops and over groups. A
+            group whose units never meet the inputs is absent, and so is one that others vary
+            over: theirs tell it apart.
 
         Raises:
             ValueError: the symmetry has no function, or the function does not have the symmetry.
@@ -233,7 +324,8 @@ class Symmetry:
 
         def run(*arguments: PyTree) -> list[Array]:
             leaves = jax.tree.leaves(arguments)
-            return program.evaluate(leaves, program.outputs, dtype=np.float64)
+            wanted = [(number,) for number in program.outputs]
+            return program.evaluate(leaves, wanted, dtype=np.float64)
 
         return run, np.float64, _TOLERANCES[8]
 
@@ -256,7 +348,7 @@ class Symmetry:
             found = jax.tree.leaves(compiled(permuted, *inputs))
             return _relative_difference(expected, found)
 
-        permutations = {name: rng.permutation(size) for name, size in self.groups.items()}
+        permutations = {name: rng.permuted(p, axis=-1) for name, p in self._host_identity().items()}
         worst = deviation(list(self.groups))
         if np.isnan(worst):
             raise ValueError(
@@ -290,7 +382,7 @@ class Symmetry:
         lines = [f"{len(self.groups)} groups of permutable units, {total} units"]
         width = max(map(len, self.groups), default=0)
         lines += [
-            f"  {name:<{width}}  {size:>5}  {len(self.leaves_of(name))} leaves"
+            f"  {name:<{width}}  {size:>5}  {len(self.leaves_of(name))} leaves{self._varies(name)}"
             for name, size in self.groups.items()
         ]
         width = max(map(len, self.layouts), default=0)
@@ -301,6 +393,10 @@ class Symmetry:
         ]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _varies(self, group: str) -> str:
+        over = self.over[group]
+        return f", one for each of {' x '.join(over)}" if over else ""
 
     def _map(self, tree: PyTree, fn: Callable[[str, Any, Layout], Any]) -> PyTree:
         """Maps `fn(name, leaf, layout)` over the leaves that have anything to permute."""
@@ -313,25 +409,37 @@ class Symmetry:
             tree,
         )
 
-    def _host_identity(self) -> Permutations:
-        return {name: np.arange(size, dtype=np.int32) for name, size in self.groups.items()}
+    def _host_identity(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.broadcast_to(np.arange(size, dtype=np.int32), self.shape(name))
+            for name, size in self.groups.items()
+        }
 
-    def _checked(self, permutations: Mapping[str, Any]) -> Permutations:
+    def checked(self, permutations: Mapping[str, Any]) -> Permutations:
+        """Permutations of all groups, in full shape; the identity where none is given.
+
+        Raises:
+            KeyError: an unknown group.
+            ValueError: a wrong shape or dtype, or, in a NumPy array, no permutation.
+        """
         for name, p in permutations.items():
             if name not in self.groups:
                 raise KeyError(f"no group {name!r}; {nearest(name, self.groups)}")
-            size = self.groups[name]
-            if np.shape(p) != (size,) or not jnp.issubdtype(p.dtype, jnp.integer):
+            size, shape = self.groups[name], self.shape(name)
+            if np.shape(p) not in ((size,), shape) or not jnp.issubdtype(p.dtype, jnp.integer):
                 raise ValueError(
                     f"the permutation of group {name!r} must be an integer array of shape "
-                    f"({size},), got {p.dtype}{list(np.shape(p))}"
+                    f"{' or '.join(map(str, dict.fromkeys([(size,), shape])))}, "
+                    f"got {p.dtype}{list(np.shape(p))}"
                 )
             # Arrays on a device are not fetched for this.
-            if isinstance(p, np.ndarray) and not np.array_equal(np.sort(p), np.arange(size)):
+            if isinstance(p, np.ndarray) and np.any(np.sort(p, axis=-1) != np.arange(size)):
                 raise ValueError(
                     f"the array of group {name!r} is not a permutation of 0..{size - 1}"
                 )
-        return {**self._host_identity(), **permutations}
+        xp = np if is_host(permutations) else jnp
+        given = {name: xp.broadcast_to(p, self.shape(name)) for name, p in permutations.items()}
+        return {**self._host_identity(), **given}
 
     def _layout_of(self, name: str, shape: tuple[int, ...]) -> Layout:
         """The layout of the variables' leaf that a leaf called `name` of another tree mirrors."""
@@ -391,11 +499,19 @@ def infer_symmetry(
         for term in layout
         for atom in atoms(term)
     }
+    loops = loop_names(inference, names)
+    over = {
+        name: tuple(names.get(o) or loops[o] for o in inference.over[atom])
+        for atom, name in names.items()
+    }
     symmetry = Symmetry(
         groups={name: sizes[atom] for atom, name in names.items()},
         layouts={
-            leaf: tuple(rename(t, names) for t in layout) for leaf, layout in inference.leaves
+            leaf: tuple(rename(t, names, loops, over) for t in layout)
+            for leaf, layout in inference.leaves
         },
+        over=over,
+        loops={name: sizes[atom] for atom, name in loops.items()},
         notes=inference.notes,
         fn=fn,
         variables=variables,
@@ -409,27 +525,33 @@ def infer_symmetry(
 def activations(
     symmetry: Symmetry, fn: Callable[..., Any], variables: PyTree, *inputs: PyTree
 ) -> dict[str, Array]:
-    """The activations [S, n] of every group of `symmetry` while `fn` runs: see the method."""
+    """The activations of every group of `symmetry` while `fn` runs: see the method."""
     inference: Inference = infer(fn, variables, inputs)
     names = match_names(inference, symmetry.layouts)
-    taps = {name: (inference.taps[a], a) for a, name in names.items() if a in inference.taps}
+    loops = loop_names(inference, names)
+    taps = {name: inference.taps[a] for a, name in names.items() if a in inference.taps}
     leaves = jax.tree.leaves((variables, *inputs))
-    values = inference.program.evaluate(leaves, [number for number, _ in taps.values()])
+    values = inference.program.evaluate(leaves, [place for place, _ in taps.values()])
     result: dict[str, Array] = {}
-    for (name, (number, atom)), value in zip(taps.items(), values, strict=True):
-        layout = inference.values[number]
-        axis = next(i for i, term in enumerate(layout) if any(a.name == atom for a in atoms(term)))
-        found = [rows(array, at) for array, at in views(value, axis, layout[axis], atom)]
-        result[name] = jnp.concatenate(found)
-    return {name: result[name] for name in symmetry.groups if name in result}
+    for (name, (_, unnamed)), value in zip(taps.items(), values, strict=True):
+        layout = tuple(rename(term, names, loops, symmetry.over) for term in unnamed)
+        outer = [other for other in symmetry.over[name] if other in symmetry.groups]
+        leading = len(symmetry.over[name]) - len(outer)
+        found: list[Array] = []
+        for array, apart, axis in occurrences(value, layout, name):
+            at = {label(term): i for i, term in enumerate(apart)}
+            if all(other in at for other in symmetry.over[name]):
+                units = [*(at[other] for other in outer), axis]
+                found.append(rows(array, units, [at[o] for o in symmetry.over[name][:leading]]))
+        if found:
+            result[name] = jnp.concatenate(found, axis=leading)
+    inner = {other for name in result for other in symmetry.over[name]}
+    return {name: result[name] for name in symmetry.groups if name in result and name not in inner}
 
 
-def take(leaf: Any, layout: Layout, permutations: Mapping[str, Any], xp: Any) -> Any:
-    """Permutes one leaf by its layout, with `jax.numpy` or `numpy`."""
-    for axis, term in enumerate(layout):
-        if any(True for _ in atoms(term)):
-            leaf = xp.take(leaf, index(term, permutations, xp), axis=axis)
-    return leaf
+def is_host(tree: PyTree) -> bool:
+    """Whether all leaves are NumPy arrays, on which the host computes."""
+    return all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree))
 
 
 def _on_host(leaf: Any, dtype: Any, rng: np.random.Generator) -> Any:

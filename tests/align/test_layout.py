@@ -11,9 +11,9 @@ from mixlab.align.layout import (
     concat,
     describe,
     index,
+    occurrences,
     prod,
     rename,
-    views,
 )
 
 
@@ -107,18 +107,18 @@ def test_reshape_splits_and_joins(solver):
     assert solver.reshape((Fixed(0), solver.fresh(2)), (2, 0)) == (Fixed(2), Fixed(0))
 
 
-def test_index_and_views_of_nested_terms():
+def test_index_and_occurrences_of_nested_terms():
     a, b = Atom(3, "a"), Atom(2, "b")
     term = concat([prod([Fixed(2), a]), b])
     p = {"a": np.array([2, 0, 1]), "b": np.array([1, 0])}
     np.testing.assert_array_equal(index(term, p, np), [2, 0, 1, 5, 3, 4, 7, 6])
     np.testing.assert_array_equal(index(prod([b, a]), p, np), [5, 3, 4, 2, 0, 1])
     value = np.arange(16).reshape(2, 8)
-    ((found, axis),) = views(value, 1, term, "a")
+    ((found, _, axis),) = occurrences(value, (Fixed(2), term), "a")
     assert found.shape == (2, 2, 3)
     assert axis == 2
     np.testing.assert_array_equal(found[1], [[8, 9, 10], [11, 12, 13]])
-    ((found, axis),) = views(value, 1, term, "b")
+    ((found, _, _),) = occurrences(value, (Fixed(2), term), "b")
     np.testing.assert_array_equal(found, value[:, 6:])
 
 

@@ -174,3 +174,43 @@ def test_errors():
         align.weight_matching(symmetry, layers, layers, order=[["hidden"]])
     with pytest.raises(KeyError, match="no leaf '0/v'"):
         align.weight_matching(symmetry, layers, layers, leaves=["0/v"])
+
+
+def test_match_models_streams_over_batches():
+    symmetry, reference, other, answer = planted(models.MLP(3, (12, 9)))
+    batches = [IMAGES[:2], (IMAGES[2:6],)]
+    found = align.match_models(symmetry, symmetry.fn, [reference, other, reference], batches)
+    for name, p in answer.items():
+        np.testing.assert_array_equal(found[name], [np.arange(len(p)), p, np.arange(len(p))])
+    aligned = jax.vmap(symmetry.permute)(
+        found, jax.tree.map(lambda *x: jnp.stack(x), reference, other, reference)
+    )
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x[0], x[2]), aligned)
+
+
+def test_statistics_of_pairs_equal_those_of_the_whole():
+    symmetry, reference, other, _ = planted(models.MLP(3, (12, 9)))
+    found = align.activation_statistics(
+        symmetry, symmetry.fn, [reference, other], [IMAGES[:1], IMAGES[1:]], pairs=[(1, 0), (1, 1)]
+    )
+    whole = {i: symmetry.activations(m, IMAGES) for i, m in enumerate((reference, other))}
+    for (i, j), groups in found.items():
+        for name, statistics in groups.items():
+            expected = align.moments(whole[i][name], whole[j][name])
+            for a, b in zip(statistics, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no batches"):
+        align.activation_statistics(symmetry, symmetry.fn, [reference, other], [])
+    with pytest.raises(ValueError, match="no pairs"):
+        align.activation_statistics(symmetry, symmetry.fn, [reference], [IMAGES])
+
+
+def test_report_counts_dead_units():
+    a, b = normal(20, 6), normal(20, 6, seed=1)
+    a[:, 2], b[:, 4], b[:, 5] = 0.25, 0.0, a[:, 0]
+    statistics = {"g": align.moments(jnp.asarray(a), jnp.asarray(b))}
+    found = align.match_moments(statistics)
+    report = align.matching_report(statistics, found)["g"]
+    assert (report["units"], report["dead_reference"], report["dead_other"]) == (6, 1, 1)
+    assert int(found["g"][0]) == 5
+    assert report["correlation"] > max(report["before"], 1 / 6)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from mixlab import align, models
-from mixlab.align.layout import Fixed
+from mixlab.align.layout import Fixed, take
 from tests.align import networks
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -362,11 +362,16 @@ def test_activations_permute_with_the_units():
     x = IMAGES[:1]
     before = symmetry.jitted_activations(symmetry.variables, x)
     after = symmetry.jitted_activations(symmetry.permute(p, symmetry.variables), x)
-    assert {name: a.shape[1] for name, a in before.items()} == symmetry.groups
+    # The two groups of a GroupNorm are seen together, by the positions inside them.
+    assert symmetry.over["Conv_1.1"] == ("Conv_1.0",)
+    assert {name: a.shape[1:] for name, a in before.items()} == {
+        "Conv_0": (4,), "Conv_1.1": (2, 3), "Conv_2": (5,), "Dense_0": (8,)
+    }  # fmt: skip
     assert before["Conv_0"].shape[0] == 16  # after max pooling
-    # Rows of a group inside GroupNorm are indexed by the other group, which moved too.
-    for name in ("Conv_0", "Conv_2", "Dense_0"):
-        np.testing.assert_allclose(after[name], before[name][:, p[name]], rtol=1e-4, atol=1e-5)
+    for name, values in before.items():
+        layout = (Fixed(len(values)), *symmetry.layout_of_group(name))
+        moved = take(values, layout, p)
+        np.testing.assert_allclose(after[name], moved, rtol=1e-4, atol=1e-5)
 
 
 def test_residual_stream_is_read_at_its_end_before_pooling():

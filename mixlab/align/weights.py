@@ -1,0 +1,315 @@
+"""Weight matching: the units of two models matched by their parameters alone."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from mixlab import trees
+from mixlab.align.assignment import assignment, is_concrete
+from mixlab.align.layout import atoms, label, occurrences, rows, take
+from mixlab.align.symmetry import Permutations, Symmetry
+from mixlab.align.wreath import Member, match_family
+from mixlab.spec import nearest
+from mixlab.types import Array, Key, PyTree
+
+
+def weight_matching(
+    symmetry: Symmetry,
+    reference: PyTree,
+    other: PyTree,
+    *,
+    key: Key | None = None,
+    order: Sequence[Sequence[str]] | None = None,
+    init: Mapping[str, Any] | None = None,
+    max_iterations: int = 100,
+    leaves: Sequence[str] | None = None,
+    backend: str | None = None,
+) -> Permutations:
+    """Matches the units of two models by their weights: coordinate descent over the groups.
+
+    One group at a time, all others held, the permutation is chosen that maximises the inner
+    product of the two models' parameters; sweeps repeat until one brings no gain. Groups that
+    vary over others are decided together with them. On a CPU arrays are matched on the host in
+    NumPy, whose small matrix products need no compilation; under `jit` or `vmap`, and on
+    accelerators, it is one compiled program. Many models at once:
+    `jax.vmap(lambda other: weight_matching(symmetry, reference, other))(stacked)`.
+
+    Args:
+        symmetry: the groups.
+        reference: variables of the model that keeps its order.
+        other: variables of the model to permute.
+        key: draws the order in which each sweep visits the groups; without it every sweep takes
+            the order of `symmetry.groups`.
+        order: the groups' names in visiting order, one row a sweep, to replay a run; there are
+            then at most so many sweeps. A group stands for its family.
+        init: the permutations to start from, by default the identity.
+        max_iterations: the largest number of sweeps.
+        leaves: names of the leaves that count in the inner product; by default those under
+            `"params"` if there are any, else all floating leaves.
+        backend: of the compiled program, see `assignment`.
+
+    Returns:
+        int32 [n] by group, or `symmetry.shape(group)`: unit j of the reference goes with unit
+        `p[j]` of the other.
+
+    Raises:
+        ValueError: trees that do not match the symmetry or each other, values that are not
+            finite (if they can be looked at), or both `key` and `order`.
+        KeyError: `leaves`, `order` or `init` names something unknown.
+
+    Source: Ainsworth et al. 2023 ("Git Re-Basin"), section 3.2 and algorithm 1, generalised to
+    groups that occur as factors or segments of an axis, on several axes of one leaf, or vary.
+    """
+    if key is not None and order is not None:
+        raise ValueError("give either key, to draw the visiting order, or order, to replay one")
+    trees.check_same_structure(reference, other, what="the two models")
+    concrete = is_concrete((reference, other, init or {}, key))
+    on_host = concrete and backend in (None, "scipy") and jax.default_backend() == "cpu"
+    start = symmetry.checked({} if init is None else init)
+    if order is not None:
+        for sweep in order:
+            if unknown := set(sweep) - set(symmetry.groups):
+                raise KeyError(
+                    f"order names {sorted(unknown)}; the groups are {[*symmetry.groups]}"
+                )
+    chosen = _weights(symmetry, reference, leaves), _weights(symmetry, other, leaves)
+    problem = _Problem.of(symmetry, tuple(chosen[0]))
+    if on_host:
+        ours, theirs = ({name: np.asarray(x) for name, x in tree.items()} for tree in chosen)
+        start = {name: np.asarray(p) for name, p in start.items()}
+        sweeps = _sweeps(problem, key, order, max_iterations)
+        found = _descend(problem, ours, theirs, start, sweeps)
+        return {name: jnp.asarray(found[name], jnp.int32) for name in symmetry.groups}
+    start = {name: jnp.asarray(p) for name, p in start.items()}
+    visits = None
+    if order is not None:
+        visits = jnp.asarray([[problem.number(name) for name in sweep] for sweep in order])
+        max_iterations = min(max_iterations, len(order))
+    return _compiled(problem, *chosen, start, key, visits, max_iterations, backend)
+
+
+class _Problem:
+    """What coordinate descent needs to know of a symmetry; leaves are those that count."""
+
+    def __init__(self, symmetry: Symmetry, leaves: tuple[str, ...]) -> None:
+        self.symmetry = symmetry
+        self.layouts = {leaf: symmetry.layouts[leaf] for leaf in leaves}
+        self.families = symmetry.families
+        present = {
+            leaf: {atom.name for term in layout for atom in atoms(term)}
+            for leaf, layout in self.layouts.items()
+        }
+        self.touched = [
+            [leaf for leaf in leaves if present[leaf] & set(family)] for family in self.families
+        ]
+        # A leaf scores for the innermost member that acts on it. If that is not one, or acts on
+        # several axes, the score is not linear in the permutation.
+        self.owners: list[dict[str, str]] = []
+        self.linear: list[bool] = []
+        for family, touched in zip(self.families, self.touched, strict=True):
+            owners = {}
+            for leaf in touched:
+                members = [name for name in family if name in present[leaf]]
+                parents = {family[name].parent for name in members}
+                innermost = [name for name in members if name not in parents]
+                if len(innermost) == 1:
+                    owners[leaf] = innermost[0]
+            self.owners.append(owners)
+            self.linear.append(
+                len(owners) == len(touched)
+                and all(self._times(leaf, name) <= 1 for leaf in touched for name in family)
+            )
+
+    @classmethod
+    def of(cls, symmetry: Symmetry, leaves: tuple[str, ...]) -> "_Problem":
+        """The problem of these leaves, made once."""
+        known = symmetry.problems
+        if leaves not in known:
+            known[leaves] = cls(symmetry, leaves)
+        return known[leaves]
+
+    def _times(self, leaf: str, group: str) -> int:
+        """How many axes of a leaf carry a group."""
+        return sum(any(atom.name == group for atom in atoms(term)) for term in self.layouts[leaf])
+
+    def number(self, group: str) -> int:
+        """The number of the family that a group belongs to."""
+        return next(i for i, family in enumerate(self.families) if group in family)
+
+    def scores(self, i: int, ours: Any, current: Any, xp: Any) -> dict[str, Any]:
+        """Inner products of the slices that belong to the units of each member, [*loops, U, U]."""
+        scores: dict[str, Any] = {}
+        for leaf, owner in self.owners[i].items():
+            layout, member = self.layouts[leaf], self.families[i][owner]
+            pairs = zip(
+                occurrences(ours[leaf], layout, owner),
+                occurrences(current[leaf], layout, owner),
+                strict=True,
+            )
+            for (x, apart, axis), (y, _, _) in pairs:
+                a, b = (self._units(v, apart, axis, owner, member) for v in (x, y))
+                found = xp.matmul(xp.swapaxes(a, -1, -2), b)
+                scores[owner] = scores[owner] + found if owner in scores else found
+        return scores
+
+    def _units(self, value: Any, layout: Any, axis: int, group: str, member: Member) -> Any:
+        at = {label(term): i for i, term in enumerate(layout)}
+        over = [at[name] for name in self.symmetry.over[group]]
+        loops = len(member.loops)
+        apart = rows(value, [*over[loops:], axis], over[:loops])
+        return apart.reshape(*apart.shape[: loops + 1], -1)
+
+    def permuted(self, i: int, theirs: Any, permutations: Any, xp: Any) -> dict[str, Any]:
+        """The leaves that a family acts on, of the other model, permuted."""
+        return {
+            leaf: take(theirs[leaf], self.layouts[leaf], permutations, xp)
+            for leaf in self.touched[i]
+        }
+
+    def moved(self, i: int, relative: Any, permutations: Any, xp: Any) -> dict[str, Any]:
+        """The permutations after those of a family were permuted by `relative`."""
+        family = self.families[i]
+        full = {name: relative.get(name, xp.arange(family[name].sizes[-1])) for name in family}
+        return {
+            **permutations,
+            **{
+                name: take(permutations[name], self.symmetry.layout_of_group(name), full, xp)
+                for name in family
+            },
+        }
+
+
+def _solve(scores: Any) -> Any:
+    flat = scores.reshape(-1, *scores.shape[-2:])
+    solved = [scipy.optimize.linear_sum_assignment(one, maximize=True)[1] for one in flat]
+    return np.asarray(solved, np.int32).reshape(scores.shape[:-1])
+
+
+def _descend(
+    problem: _Problem, ours: Any, theirs: Any, start: Any, sweeps: Iterator[Sequence[int]]
+) -> dict[str, Any]:
+    """Coordinate descent on the host."""
+    permutations = dict(start)
+    current = {leaf: take(x, problem.layouts[leaf], start, np) for leaf, x in theirs.items()}
+
+    def improve(i: int) -> bool:
+        scores = problem.scores(i, ours, current, np)
+        scores = {name: x.astype(np.float64) for name, x in scores.items()}
+        relative, gain = match_family(scores, problem.families[i], _solve, np)
+        if gain <= 1e-12:
+            return False
+        chosen = problem.moved(i, relative, permutations, np)
+        leaves = problem.permuted(i, theirs, chosen, np)
+        # Where the score is not linear in the permutation: look before leaping.
+        gains = (np.vdot(ours[k], x - current[k]) for k, x in leaves.items())
+        if not problem.linear[i] and sum(gains) <= 1e-12:
+            return False
+        permutations.update(chosen)
+        current.update(leaves)
+        return True
+
+    for sweep in sweeps:
+        if not any([improve(i) for i in sweep]):
+            break
+    return permutations
+
+
+def _sweeps(
+    problem: _Problem,
+    key: Key | None,
+    order: Sequence[Sequence[str]] | None,
+    max_iterations: int,
+) -> Iterator[Sequence[int]]:
+    for iteration in range(max_iterations if order is None else min(max_iterations, len(order))):
+        if order is not None:
+            yield [problem.number(name) for name in order[iteration]]
+        elif key is not None:
+            yield np.asarray(_visits(key, iteration, len(problem.families))).tolist()
+        else:
+            yield range(len(problem.families))
+
+
+def _visits(key: Key, iteration: Any, count: int) -> Array:
+    return jax.random.permutation(jax.random.fold_in(key, iteration), count)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+def _compiled(
+    problem: _Problem,
+    ours: dict[str, Array],
+    theirs: dict[str, Array],
+    start: Permutations,
+    key: Key | None,
+    order: Array | None,
+    max_iterations: int,
+    backend: str | None,
+) -> Permutations:
+    """Coordinate descent as one program: sweeps in a loop, the families as branches of a switch."""
+    count = len(problem.families)
+    solve = functools.partial(assignment, backend=backend)
+
+    def improve(i: int, state: tuple[Permutations, Array]) -> tuple[Permutations, Array]:
+        permutations, progress = state
+        current = problem.permuted(i, theirs, permutations, jnp)
+        scores = problem.scores(i, ours, current, jnp)
+        relative, gain = match_family(scores, problem.families[i], solve, jnp)
+        chosen = problem.moved(i, relative, permutations, jnp)
+        if not problem.linear[i]:
+            leaves = problem.permuted(i, theirs, chosen, jnp)
+            gain = sum(jnp.vdot(ours[k], x - current[k]) for k, x in leaves.items())
+        better = gain > 1e-12
+        kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), chosen, permutations)
+        return kept, progress | better
+
+    branches = [functools.partial(improve, i) for i in range(count)]
+
+    def sweep(state: tuple[Array, Permutations, Array]) -> tuple[Array, Permutations, Array]:
+        iteration, permutations, _ = state
+        if order is not None:
+            visits = order[iteration]
+        elif key is not None:
+            visits = _visits(key, iteration, count)
+        else:
+            visits = jnp.arange(count)
+        permutations, progress = jax.lax.fori_loop(
+            0,
+            visits.shape[0],
+            lambda step, inner: jax.lax.switch(visits[step], branches, inner),
+            (permutations, jnp.asarray(False)),
+        )
+        return iteration + 1, permutations, progress
+
+    _, permutations, _ = jax.lax.while_loop(
+        lambda state: (state[0] < max_iterations) & state[2],
+        sweep,
+        (jnp.asarray(0), start, jnp.asarray(count > 0)),
+    )
+    return permutations
+
+
+def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None) -> dict[str, Any]:
+    """The leaves that count, in float32 or wider."""
+    named = dict(trees.named_leaves(variables))
+    for name, layout in symmetry.layouts.items():
+        shape = tuple(term.size for term in layout)
+        if name not in named or np.shape(named[name]) != shape:
+            found = np.shape(named[name]) if name in named else "none"
+            raise ValueError(f"the symmetry has leaf {name!r} of shape {shape}, the model {found}")
+    if leaves is None:
+        params = [name for name in symmetry.layouts if name.startswith("params/")]
+        leaves = params or list(symmetry.layouts)
+    result: dict[str, Any] = {}
+    for name in leaves:
+        if name not in symmetry.layouts:
+            raise KeyError(f"no leaf {name!r}; {nearest(name, symmetry.layouts)}")
+        if trees.is_inexact(named[name]):
+            value = named[name]
+            if is_concrete(value) and not np.all(np.isfinite(np.asarray(value))):
+                raise ValueError(f"leaf {name!r} contains NaN or infinity")
+            result[name] = value.astype(trees.wide(value.dtype))
+    return result
