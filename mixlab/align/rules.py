@@ -4,11 +4,14 @@ A rule names the permutations that a primitive commutes with. A primitive withou
 axis that a primitive treats by position, becomes fixed: fewer permutations, never a wrong one.
 """
 
+import bisect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mixlab.align.layout import Fixed, Layout, Solver, Sum, Term, Wild, concat, prod
+from mixlab.align.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Term, Wild, concat, prod
 from mixlab.align.program import Op, Program
+from mixlab.align.slices import Apart, Readers
 
 Rule = Callable[[Solver, Op, list[Layout]], list[Layout]]
 _RULES: dict[str, Rule] = {}
@@ -27,16 +30,29 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def interpret(solver: Solver, program: Program, arguments: Sequence[Layout]) -> list[Layout]:
     """Runs `program` on layouts and returns the layout of every value of the program.
 
-    Primitives that have no rule are named in `solver.notes`.
+    Primitives that have no rule are named in `solver.notes`. A value that is only read one
+    position of an axis at a time has a layout for each position; it is listed as fixed.
     """
     layouts: list[Layout] = [tuple(Fixed(size) for size in shape) for shape in program.shapes]
+    readers = Readers(program)
+    apart: dict[int, Apart] = {}
     for number, layout in zip(program.inputs, arguments, strict=True):
-        layouts[number] = layout
+        layouts[number] = readers.divide(solver, number, layout)
     for op in program.ops:
         given = [layouts[i] for i in op.inputs]
-        results = _RULES.get(op.name, _unknown)(solver, op, given)
-        for number, layout in zip(op.outputs, results, strict=True):
-            layouts[number] = layout
+        axis = readers.axis_apart(op.outputs[0]) if op.name == "reshape" else None
+        results: Apart | list[Layout]
+        if axis is not None:
+            results = Apart.reshaped(solver, given[0], op.shapes[0], axis)
+        elif op.inputs and op.inputs[0] in apart:
+            results = apart[op.inputs[0]].read(op)
+        else:
+            results = _RULES.get(op.name, _unknown)(solver, op, given)
+        if isinstance(results, Apart):
+            apart[op.outputs[0]] = results
+        else:
+            for number, layout in zip(op.outputs, results, strict=True):
+                layouts[number] = readers.divide(solver, number, layout)
     return layouts
 
 
@@ -319,19 +335,22 @@ def _unstack(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     return [(*layout[:axis], *layout[axis + 1 :])] * len(op.shapes)
 
 
-def _at_borders(solver: Solver, term: Term, start: int, stop: int) -> Term | None:
-    """The segments from `start` to `stop`, where the term is a sum with borders there."""
-    term = solver.resolve(term)
-    if isinstance(term, Wild):
-        return Wild(stop - start)
-    if not isinstance(term, Sum):
-        return None
-    borders = [0]
-    for part in term.parts:
-        borders.append(borders[-1] + part.size)
-    if start not in borders or stop not in borders:
-        return None
-    return concat(term.parts[borders.index(start) : borders.index(stop)])
+def _has_border(term: Term, at: int) -> bool:
+    """Whether a solved term can be cut at a position without cutting a group in two."""
+    match term:
+        case Atom(size):
+            return at in (0, size)
+        case Sum(parts):
+            ends = list(itertools.accumulate((part.size for part in parts), initial=0))
+            part = bisect.bisect_right(ends, at) - 1
+            return at == ends[-1] or _has_border(parts[part], at - ends[part])
+        case Prod(parts):
+            inner = prod(parts[1:])
+            row, within = divmod(at, inner.size)
+            if within:
+                return isinstance(parts[0], Fixed) and _has_border(inner, within)
+            return _has_border(parts[0], row)
+    return True
 
 
 @rule("slice")
@@ -342,11 +361,12 @@ def _slice(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     for axis, (start, stop, stride) in enumerate(bounds):
         term = layouts[0][axis]
         if (start, stop, stride) != (0, term.size, 1):
-            kept = _at_borders(solver, term, start, stop) if stride == 1 else None
-            if kept is None:
-                solver.fix(term)
-                kept = Fixed(op.shapes[0][axis])
-            term = kept
+            known = solver.resolve(term)
+            if stride == 1 and _has_border(known, start) and _has_border(known, stop):
+                term, _ = solver.cut(solver.cut(known, start)[1], stop - start)
+            else:
+                solver.fix(known)
+                term = Fixed(op.shapes[0][axis])
         result.append(term)
     return [tuple(result)]
 

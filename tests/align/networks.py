@@ -225,9 +225,7 @@ class GPT(nn.Module):
     def __call__(self, tokens):
         embed = nn.Embed(11, 8)
         x = embed(tokens) + nn.Embed(5, 8)(jnp.arange(tokens.shape[1]))
-        layers = nn.scan(
-            nn.remat(GPTBlock), {"params": 0}, split_rngs={"params": True}, length=3
-        )
+        layers = nn.scan(nn.remat(GPTBlock), {"params": 0}, split_rngs={"params": True}, length=3)
         x, _ = layers()(x, None)
         return embed.attend(nn.LayerNorm()(x))
 
