@@ -4,10 +4,13 @@ A rule names the permutations that a primitive commutes with. A primitive withou
 axis that a primitive treats by position, becomes fixed: fewer permutations, never a wrong one.
 """
 
+import bisect
+import itertools
 from collections.abc import Callable, Sequence
 
-from mixlab.align.layout import Atom, Fixed, Layout, Solver, Sum, Term, Wild, concat, prod
+from mixlab.align.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Term, Wild, concat, prod
 from mixlab.align.program import Op, Program, scan_counts
+from mixlab.align.slices import Apart, Readers
 
 Rule = Callable[[Solver, Op, list[Layout]], list[Layout]]
 _RULES: dict[str, Rule] = {}
@@ -29,18 +32,33 @@ def interpret(
     """Runs `program` on layouts and returns the layout of every value of the program.
 
     Primitives that have no rule are named in `solver.notes`; every operation, those of the bodies
-    of control flow too, is appended to `solver.seen` with the loops around it.
+    of control flow too, is appended to `solver.seen` with the loops around it. A value that is
+    only read one position of an axis at a time has a layout for each position; it is listed as
+    fixed.
     """
     layouts: list[Layout] = [tuple(Fixed(size) for size in shape) for shape in program.shapes]
+    readers = Readers(program)
+    apart: dict[int, Apart] = {}
     for number, layout in zip(program.inputs, arguments, strict=True):
-        layouts[number] = layout
+        layouts[number] = readers.divide(solver, number, layout)
     outer, solver.around = solver.around, (*solver.around, *loops)
     for op in program.ops:
         given = [layouts[i] for i in op.inputs]
-        results = _RULES.get(op.name, _unknown)(solver, op, given)
-        solver.seen.append((op, given, results, solver.around))
-        for number, layout in zip(op.outputs, results, strict=True):
-            layouts[number] = layout
+        axis = readers.axis_apart(op.outputs[0]) if op.name == "reshape" else None
+        results: Apart | list[Layout]
+        if axis is not None:
+            results = Apart.reshaped(solver, given[0], op.shapes[0], axis)
+        elif op.inputs and op.inputs[0] in apart:
+            results = apart[op.inputs[0]].read(op)
+        else:
+            results = _RULES.get(op.name, _unknown)(solver, op, given)
+        if isinstance(results, Apart):
+            apart[op.outputs[0]] = results
+            solver.seen.append((op, given, results.layouts, solver.around))
+        else:
+            solver.seen.append((op, given, results, solver.around))
+            for number, layout in zip(op.outputs, results, strict=True):
+                layouts[number] = readers.divide(solver, number, layout)
     solver.around = outer
     return layouts
 
@@ -80,11 +98,12 @@ def _common(solver: Solver, layouts: Sequence[Layout], shape: Sequence[int]) -> 
 _ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
     "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj",
-    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf",
-    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag",
-    "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min",
-    "mul", "ne", "neg", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real",
-    "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf",
+    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igamma_grad_a",
+    "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p",
+    "logistic", "lt", "lt_to", "max", "min", "mul", "mulhi", "ne", "neg", "nextafter", "not", "or",
+    "polygamma", "population_count", "pow", "real", "reduce_precision",
+    "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
     "stop_gradient", "sub", "tan", "tanh", "xor", "zeta", "name",
 )
@@ -99,6 +118,30 @@ def _elementwise(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
 @rule("optimization_barrier", "device_put", "sharding_constraint")
 def _identity(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     return layouts
+
+
+# fmt: off
+_RANDOM = (
+    "empty", "iota_2x32_shape", "philox2x32", "philox4x32", "random_bits", "random_clone",
+    "random_fold_in", "random_gamma", "random_seed", "random_split", "random_unwrap", "random_wrap",
+    "rng_bit_generator", "rng_uniform", "threefry2x32", "threefry4x32",
+)
+# fmt: on
+
+
+@rule(*_RANDOM)
+def _random(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
+    """Random numbers belong to their positions."""
+    _fix(solver, *layouts)
+    return [_fixed(shape) for shape in op.shapes]
+
+
+@rule("bitcast_convert_type")
+def _bitcast(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
+    # Wide elements become an axis of narrow ones, or the reverse.
+    rank = len(op.shapes[0])
+    _fix(solver, layouts[0][rank:])
+    return [(*layouts[0][:rank], *_fixed(op.shapes[0][len(layouts[0]) :]))]
 
 
 @rule("broadcast_in_dim")
@@ -134,19 +177,42 @@ def _dot_general(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     return [(*batch, *left_free, *right_free)]
 
 
+@rule("ragged_dot_general")
+def _ragged_dot_general(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
+    # Consecutive rows along the ragged axes belong to a group; each group has its own matrix.
+    left, right, sizes = layouts
+    numbers = op.params["ragged_dot_dimension_numbers"]
+    _fix(solver, sizes, tuple(left[axis] for axis in numbers.lhs_ragged_dimensions))
+    _fix(solver, tuple(right[axis] for axis in numbers.rhs_group_dimensions))
+    (contracted, right_contracted), (batch, right_batch) = numbers.dot_dimension_numbers
+    for i, j in zip(contracted, right_contracted, strict=True):
+        solver.unify(left[i], right[j])
+    both = [solver.unify(left[i], right[j]) for i, j in zip(batch, right_batch, strict=True)]
+    bound = (*right_contracted, *right_batch, *numbers.rhs_group_dimensions)
+    left_free = [t for i, t in enumerate(left) if i not in (*contracted, *batch)]
+    right_free = [t for j, t in enumerate(right) if j not in bound]
+    result = (*both, *left_free, *right_free)
+    # Where the contracted axis is ragged, the groups lie along a new first axis.
+    return [(*_fixed(op.shapes[0][: len(op.shapes[0]) - len(result)]), *result)]
+
+
 @rule("conv_general_dilated")
 def _conv(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
-    if op.params["batch_group_count"] > 1:
-        return _unknown(solver, op, layouts)
     image, kernel = layouts
     numbers, groups = op.params["dimension_numbers"], op.params["feature_group_count"]
     _fix(solver, tuple(image[axis] for axis in numbers.lhs_spec[2:]))
     _fix(solver, tuple(kernel[axis] for axis in numbers.rhs_spec[2:]))
-    group, within = solver.factor(image[numbers.lhs_spec[1]], groups)
+    batch, features = (image[axis] for axis in numbers.lhs_spec[:2])
+    if op.params["batch_group_count"] > 1:
+        # The examples are in groups instead of the input channels.
+        groups = op.params["batch_group_count"]
+        group, batch = solver.factor(batch, groups)
+    else:
+        group, features = solver.factor(features, groups)
     kernel_group, out = solver.factor(kernel[numbers.rhs_spec[0]], groups)
-    solver.unify(within, kernel[numbers.rhs_spec[1]])
+    solver.unify(features, kernel[numbers.rhs_spec[1]])
     result = list(_fixed(op.shapes[0]))
-    result[numbers.out_spec[0]] = image[numbers.lhs_spec[0]]
+    result[numbers.out_spec[0]] = batch
     result[numbers.out_spec[1]] = prod([solver.unify(group, kernel_group), out])
     return [tuple(result)]
 
@@ -155,6 +221,14 @@ def _conv(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
 @rule("reduce_xor")
 def _reduce(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     return [tuple(t for axis, t in enumerate(layouts[0]) if axis not in op.params["axes"])]
+
+
+@rule("reduce")
+def _general_reduce(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
+    # The function may be one that depends on the order; the initial values are scalars.
+    axes = op.params["dimensions"]
+    common = _fix_axes(solver, op, layouts[: len(op.outputs)], axes)
+    return [tuple(t for axis, t in enumerate(layout) if axis not in axes) for layout in common]
 
 
 @rule("argmax", "argmin")
@@ -187,28 +261,51 @@ def _rev(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     return _fix_axes(solver, op, layouts, op.params["dimensions"])
 
 
-@rule("top_k")
+@rule("top_k", "approx_top_k")
 def _top_k(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
-    axis = op.params.get("axis", -1) % len(layouts[0])
+    name = "axis" if op.name == "top_k" else "reduction_dimension"
+    axis = op.params.get(name, -1) % len(layouts[0])
     layout = _fix_axes(solver, op, layouts, [axis])[0]
     kept = (*layout[:axis], Fixed(op.shapes[0][axis]), *layout[axis + 1 :])
     return [kept] * len(op.outputs)
 
 
-@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+def _windows(op: Op, layout: Layout) -> list[int]:
+    """The axes along which a window sees anything but one element after another."""
+    plain = {"window_dimensions": 1, "window_strides": 1, "padding": (0, 0), "base_dilation": 1}
+    return [
+        axis
+        for axis in range(len(layout))
+        if any(op.params[name][axis] != value for name, value in plain.items() if name in op.params)
+    ]
+
+
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
+@rule("select_and_gather_add")
 def _reduce_window(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
-    result = list(layouts[0])
-    for axis, size in enumerate(op.shapes[0]):
-        geometry = (
-            op.params["window_dimensions"][axis],
-            op.params["window_strides"][axis],
-            op.params["base_dilation"][axis],
-            tuple(op.params["padding"][axis]),
+    if op.name == "reduce_window":  # the initial values follow, scalars
+        layouts = layouts[: len(op.outputs)]
+    windows = _windows(op, layouts[0])
+    common = _fix_axes(solver, op, layouts, windows)
+    shape = op.shapes[0]
+    return [
+        tuple(Fixed(shape[axis]) if axis in windows else term for axis, term in enumerate(layout))
+        for layout in common
+    ]
+
+
+@rule("select_and_scatter_add")
+def _select_and_scatter_add(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
+    source, operand = layouts
+    windows = _windows(op, operand)
+    for layout in layouts:
+        _fix(solver, tuple(layout[axis] for axis in windows))
+    return [
+        tuple(
+            Fixed(operand[axis].size) if axis in windows else solver.unify(source[axis], term)
+            for axis, term in enumerate(operand)
         )
-        if geometry != (1, 1, 1, (0, 0)):
-            solver.fix(result[axis])
-            result[axis] = Fixed(size)
-    return [tuple(result)]
+    ]
 
 
 @rule("concatenate")
@@ -219,6 +316,13 @@ def _concatenate(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     others = [(*layout[:axis], Fixed(1), *layout[axis + 1 :]) for layout in layouts]
     common = _common(solver, others, shape)
     return [(*common[:axis], segments, *common[axis + 1 :])]
+
+
+@rule("stack")
+def _stack(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
+    axis = op.params["axis"]
+    common = _common(solver, layouts, [term.size for term in layouts[0]])
+    return [(*common[:axis], Fixed(len(layouts)), *common[axis:])]
 
 
 @rule("split")
@@ -238,19 +342,22 @@ def _unstack(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     return [(*layout[:axis], *layout[axis + 1 :])] * len(op.shapes)
 
 
-def _at_borders(solver: Solver, term: Term, start: int, stop: int) -> Term | None:
-    """The segments from `start` to `stop`, where the term is a sum with borders there."""
-    term = solver.resolve(term)
-    if isinstance(term, Wild):
-        return Wild(stop - start)
-    if not isinstance(term, Sum):
-        return None
-    borders = [0]
-    for part in term.parts:
-        borders.append(borders[-1] + part.size)
-    if start not in borders or stop not in borders:
-        return None
-    return concat(term.parts[borders.index(start) : borders.index(stop)])
+def _has_border(term: Term, at: int) -> bool:
+    """Whether a solved term can be cut at a position without cutting a group in two."""
+    match term:
+        case Atom(size):
+            return at in (0, size)
+        case Sum(parts):
+            ends = list(itertools.accumulate((part.size for part in parts), initial=0))
+            part = bisect.bisect_right(ends, at) - 1
+            return at == ends[-1] or _has_border(parts[part], at - ends[part])
+        case Prod(parts):
+            inner = prod(parts[1:])
+            row, within = divmod(at, inner.size)
+            if within:
+                return isinstance(parts[0], Fixed) and _has_border(inner, within)
+            return _has_border(parts[0], row)
+    return True
 
 
 @rule("slice")
@@ -261,11 +368,12 @@ def _slice(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     for axis, (start, stop, stride) in enumerate(bounds):
         term = layouts[0][axis]
         if (start, stop, stride) != (0, term.size, 1):
-            kept = _at_borders(solver, term, start, stop) if stride == 1 else None
-            if kept is None:
-                solver.fix(term)
-                kept = Fixed(op.shapes[0][axis])
-            term = kept
+            known = solver.resolve(term)
+            if stride == 1 and _has_border(known, start) and _has_border(known, stop):
+                term, _ = solver.cut(solver.cut(known, start)[1], stop - start)
+            else:
+                solver.fix(known)
+                term = Fixed(op.shapes[0][axis])
         result.append(term)
     return [tuple(result)]
 
@@ -329,15 +437,54 @@ def _dynamic_update_slice(solver: Solver, op: Op, layouts: list[Layout]) -> list
 def _gather(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
     operand, indices = layouts
     numbers = op.params["dimension_numbers"]
-    paired = numbers.operand_batching_dims
-    if paired:
-        return _unknown(solver, op, layouts)
     solver.fix(indices[-1])
-    window = _window(solver, operand, op.params["slice_sizes"])
-    kept = iter([t for a, t in enumerate(window) if a not in numbers.collapsed_slice_dims])
-    batch = iter(indices[:-1])
+    paired = dict(
+        zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+    )
+    alone = [axis for axis in range(len(operand)) if axis not in paired.values()]
+    sizes = [op.params["slice_sizes"][axis] for axis in alone]
+    window = _window(solver, tuple(operand[axis] for axis in alone), sizes)
+    dropped = numbers.collapsed_slice_dims
+    kept = iter([t for axis, t in zip(alone, window, strict=True) if axis not in dropped])
+    batch = iter(
+        [
+            solver.unify(operand[paired[axis]], term) if axis in paired else term
+            for axis, term in enumerate(indices[:-1])
+        ]
+    )
     axes = range(len(op.shapes[0]))
     return [tuple(next(kept if axis in numbers.offset_dims else batch) for axis in axes)]
+
+
+@rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+def _scatter(solver: Solver, op: Op, layouts: list[Layout]) -> list[Layout]:
+    operand, indices, updates = layouts
+    numbers = op.params["dimension_numbers"]
+    solver.fix(indices[-1])
+    result = list(operand)
+    paired = dict(
+        zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+    )
+    scattered = [a for a in range(len(updates)) if a not in numbers.update_window_dims]
+    for axis, number in enumerate(scattered):
+        both = solver.unify(indices[axis], updates[number])
+        if axis in paired:
+            result[paired[axis]] = solver.unify(operand[paired[axis]], both)
+        elif op.name == "scatter":
+            # Of two updates at one place the later one may win.
+            _fix(solver, (both,))
+    outside = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    window = iter(numbers.update_window_dims)
+    for axis, term in enumerate(operand):
+        update = Fixed(1) if axis in outside else updates[next(window)]
+        if axis in paired.values():
+            continue
+        if update.size == term.size:
+            result[axis] = solver.unify(term, update)
+        else:
+            solver.fix(update)
+            result[axis] = solver.fix(term)
+    return [tuple(result)]
 
 
 @rule("cond")

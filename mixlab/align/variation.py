@@ -101,6 +101,8 @@ def _keeps_apart(record: Seen, name: Name, index: Name) -> bool:
         return False
     if op.name == "dot_general":
         return _pairs_index(op, given, name, index)
+    if op.name == "ragged_dot_general":
+        return False
     if op.name == "conv_general_dilated":
         feature = given[0][op.params["dimension_numbers"].lhs_spec[1]]
         return not _carries([feature], name) or _beside((feature,), name, index)
