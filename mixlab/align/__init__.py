@@ -1,6 +1,7 @@
 """Finds the permutation symmetries of a network, and matches the hidden units of two of them."""
 
 from mixlab.align.assignment import assignment
+from mixlab.align.barrier import Barrier, barrier
 from mixlab.align.matching import (
     Moments,
     activation_matching,
@@ -14,15 +15,17 @@ from mixlab.align.matching import (
     second_moment,
     weight_matching,
 )
-from mixlab.align.repair import reestimate_batch_stats
+from mixlab.align.repair import reestimate_batch_stats, repair
 from mixlab.align.symmetry import Permutations, Symmetry, infer_symmetry
 
 __all__ = [
+    "Barrier",
     "Moments",
     "Permutations",
     "Symmetry",
     "activation_matching",
     "assignment",
+    "barrier",
     "correlation",
     "covariance",
     "dead_units",
@@ -32,6 +35,7 @@ __all__ = [
     "merge_moments",
     "moments",
     "reestimate_batch_stats",
+    "repair",
     "second_moment",
     "weight_matching",
 ]
