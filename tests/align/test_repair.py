@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,7 @@ def mlp(depth):
 
 def mlp_variables(rng, widths):
     variables = {"out": rng.normal(size=(widths[-1], 2))}
-    for i, shape in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, shape in enumerate(itertools.pairwise(widths)):
         variables |= {f"w{i}": rng.normal(size=shape), f"b{i}": rng.normal(size=shape[1])}
     return {name: x.astype(np.float32) for name, x in variables.items()}
 
@@ -241,7 +243,7 @@ def test_repair_errors():
         align.repair(DEEP, MERGED, PARENTS, INPUTS, weights=[1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="the merged model and model 1"):
         align.repair(DEEP, MERGED, [MERGED, {"w0": MERGED["w0"]}], INPUTS)
-    with pytest.raises(ValueError, match="nothing to repair.*reestimate_batch_stats"):
+    with pytest.raises(ValueError, match=r"nothing to repair.*reestimate_batch_stats"):
         align.repair(lambda v, x: jnp.tanh(x @ v["w0"] + v["b0"]), MERGED, PARENTS, INPUTS)
     sick = {**MERGED, "w1": MERGED["w1"] * np.nan}
     with pytest.raises(ValueError, match="layer of 'w1' contain NaN"):
