@@ -65,8 +65,8 @@ class LinearLayer:
 def find_layers(program: Program, variables: Sequence[int]) -> dict[int, LinearLayer]:
     """The layers whose outputs can be scaled and shifted through their leaves.
 
-    Left out are layers whose kernel or bias is used more than once, and those that an output of
-    the program is computed from without a further layer, and those inside control flow.
+    Left out are layers whose kernel or bias is used more than once, those that an output of the
+    program is computed from without a further layer, and those inside control flow.
 
     Args:
         program: the traced function.

@@ -110,7 +110,8 @@ def repair(
     One pass a batch corrects each layer before the next one sees its outputs. With several
     batches the corrections follow the moments of all batches so far, of parents and model alike.
     One batch is exact; with several the first layers are, and the deeper ones nearly, since their
-    inputs were corrected by what was known at the time. Works under `jit`.
+    inputs were corrected by what was known at the time; draw the batches at random, for batches
+    sorted by class are no samples of each other. Works under `jit`.
 
     Args:
         fn: `fn(variables, batch)` runs the network in evaluation mode. It is compiled once for

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixlab import align, figures
+from mixlab import align
 
 REFERENCE = {"x": jnp.zeros(2), "half": jnp.zeros(1, jnp.bfloat16), "steps": jnp.int32(7)}
 OTHER = {"x": jnp.ones(2), "half": jnp.ones(1, jnp.bfloat16), "steps": jnp.int32(9)}
@@ -69,20 +69,13 @@ def test_models_between_the_ends_can_be_mended():
     assert found.barrier["loss"] == 0
 
 
-def test_barriers_are_drawn_with_their_heights():
-    figure = figures.barriers(
-        align.barrier(evaluate, REFERENCE, {"hill": OTHER, "flat": FLAT}, points=5)
-    )
-    assert [ax.get_ylabel() for ax in figure.axes] == ["loss", "accuracy, %"]
-    texts = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-    assert texts == ["hill: loss 3, accuracy 50.0 %", "flat: loss 0, accuracy 0.0 %"]
-
-
 def test_errors():
     with pytest.raises(ValueError, match="points must be at least 3"):
         align.barrier(evaluate, REFERENCE, {"b": OTHER}, points=2)
     with pytest.raises(ValueError, match="no other models"):
         align.barrier(evaluate, REFERENCE, {})
+    with pytest.raises(ValueError, match="others maps names to variables"):
+        align.barrier(evaluate, REFERENCE, OTHER)
     with pytest.raises(ValueError, match=r"the reference and 'b'.*only in the first"):
         align.barrier(evaluate, REFERENCE, {"b": {"x": OTHER["x"]}})
     with pytest.raises(TypeError, match="mapping of single numbers"):
