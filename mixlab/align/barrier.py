@@ -72,7 +72,8 @@ def barrier(
         raise ValueError(f"points must be at least 3, of which two are the ends, got {points}")
     if not others:
         raise ValueError("no other models: give a name and variables for at least one")
-    if jax.tree.structure(others) == jax.tree.structure(reference):
+    own: Any = jax.tree.structure(reference)
+    if own == jax.tree.structure(others):
         raise ValueError("others maps names to variables: write {'name': variables}")
     for name, other in others.items():
         trees.check_same_structure(reference, other, what=f"the reference and {name!r}")
