@@ -1,6 +1,7 @@
 """Finds the permutation symmetries of a network, and matches the hidden units of two of them."""
 
 from mixlab.align.assignment import assignment
+from mixlab.align.barrier import Barrier, barrier
 from mixlab.align.matching import (
     Moments,
     activation_matching,
@@ -16,17 +17,19 @@ from mixlab.align.matching import (
     moments,
     second_moment,
 )
-from mixlab.align.repair import reestimate_batch_stats
+from mixlab.align.repair import reestimate_batch_stats, repair
 from mixlab.align.symmetry import Permutations, Symmetry, infer_symmetry
 from mixlab.align.weights import weight_matching
 
 __all__ = [
+    "Barrier",
     "Moments",
     "Permutations",
     "Symmetry",
     "activation_matching",
     "activation_statistics",
     "assignment",
+    "barrier",
     "correlation",
     "covariance",
     "dead_units",
@@ -38,6 +41,7 @@ __all__ = [
     "merge_moments",
     "moments",
     "reestimate_batch_stats",
+    "repair",
     "second_moment",
     "weight_matching",
 ]
