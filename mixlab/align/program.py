@@ -1,6 +1,6 @@
 """A traced function as one flat list of primitive operations, which can be read and evaluated."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,14 @@ class Program:
                 results = result if op.primitive.multiple_results else [result]
             values.update(zip(op.outputs, results, strict=True))
         return [values[place[0]] if len(place) == 1 else tapped[place] for place in wanted]
+
+    def depending(self, sources: Iterable[int]) -> set[int]:
+        """The numbers of the values that are computed from some of the `sources`, these included."""
+        depending = set(sources)
+        for op in self.ops:
+            if depending.intersection(op.inputs):
+                depending.update(op.outputs)
+        return depending
 
     @property
     def is_straight(self) -> bool:
