@@ -114,7 +114,7 @@ class Program:
         return [values[place[0]] if len(place) == 1 else tapped[place] for place in wanted]
 
     def depending(self, sources: Iterable[int]) -> set[int]:
-        """The numbers of the values that are computed from some of the `sources`, these included."""
+        """The numbers of the values that are computed from `sources`, these included."""
         depending = set(sources)
         for op in self.ops:
             if depending.intersection(op.inputs):
