@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 
 def norm(x):
@@ -297,3 +298,19 @@ class Recurrent(nn.Module):
         backward = nn.RNN(nn.SimpleCell(5), reverse=True, keep_order=True)
         x = jnp.concatenate([forward, backward(x, initial_carry=zeros)], axis=-1)
         return nn.Dense(3)(nn.Dense(7)(nn.tanh(x)))
+
+
+class NNX(nnx.Module):
+    """A small convolutional network in Flax NNX."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.hidden = nnx.List([nnx.Linear(4, 5, rngs=rngs), nnx.Linear(5, 6, rngs=rngs)])
+        self.out = nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x))).mean((1, 2))
+        for layer in self.hidden:
+            x = nnx.relu(layer(x))
+        return self.out(x)

@@ -1,9 +1,12 @@
 """Which groups are found in the architectures that are in use, each proved in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mixlab import align, models
 from mixlab.align.layout import Atom, Fixed
@@ -13,6 +16,10 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
 TOKENS = RNG.integers(0, 11, size=(2, 5)).astype(np.int32)
 SERIES = RNG.normal(size=(2, 4, 3)).astype(np.float32)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
 
 
 def random_like(shapes):
@@ -77,11 +84,62 @@ def test_groups_of_architectures(module, inputs, sizes):
         assert symmetry.check(jax.random.key(1)) < 1e-9
 
 
+# ---------------------------------------------------------------- containers
+
+
+def test_nnx():
+    net = nnx.eval_shape(lambda: networks.NNX(nnx.Rngs(0)))
+    net.eval()
+    graph, state = nnx.split(net)
+    state = jax.tree.map(lambda x: np.abs(normal(*x.shape)) + np.float32(0.1), state)
+    symmetry = align.infer_symmetry(lambda state, x: nnx.merge(graph, state)(x), state, IMAGES)
+    assert symmetry.groups == {"conv": 4, "hidden/0": 5, "hidden/1": 6}
+    assert set(symmetry.leaves_of("conv")) == {
+        "conv/bias", "conv/kernel", "hidden/0/kernel", "norm/bias", "norm/mean", "norm/scale",
+        "norm/var",
+    }  # fmt: skip
+    permuted = symmetry.permute(symmetry.random(jax.random.key(1)), state)
+    assert isinstance(permuted, nnx.State)
+    assert jax.tree.structure(permuted) == jax.tree.structure(state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    weight: jax.Array
+    bias: jax.Array | None
+    name: str = dataclasses.field(metadata={"static": True}, default="linear")
+
+    def __call__(self, x):
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Network:
+    layers: tuple[Linear, ...]
+    head: Linear
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        return self.head(x)
+
+
+def test_modules_that_are_pytrees():
+    layers = tuple(Linear(normal(m, n), normal(n)) for m, n in ((3, 4), (4, 5)))
+    network = Network(layers, Linear(normal(5, 2), None))
+    symmetry = align.infer_symmetry(lambda network, x: network(x), network, normal(2, 3))
+    assert symmetry.groups == {"layers/0": 4, "layers/1": 5}
+    permutation = np.array([3, 1, 0, 2])
+    permuted = symmetry.permute({"layers/0": permutation}, network)
+    assert isinstance(permuted, Network)
+    np.testing.assert_array_equal(permuted.layers[0].bias, layers[0].bias[permutation])
+    np.testing.assert_array_equal(permuted.layers[1].weight, layers[1].weight[permutation])
+
+
 # ---------------------------------------------------------------- ways to write the same thing
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
 
 
 def hand_written_lstm(p, x):
