@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from mixlab import align, models
+from mixlab.align import rules
 from mixlab.align.layout import Atom, Fixed
 from tests.align import networks
 
@@ -49,6 +50,8 @@ def infer(module, *inputs):
             IMAGES,
             [2] + [8, 16, 32, 64] + [2] * 6 + [4] * 8 + [8] * 12 + [16] * 6,
         ),
+        # The stream; groups, and channels in them before and behind the grouped convolution.
+        (networks.ResNeXt(), IMAGES, [8, 3, 2, 4]),
         # The stem, and for each stage its stream and one inner group in each of two blocks.
         (networks.WideResNet(), IMAGES, [4] + [6] * 3 + [8] * 3 + [10] * 3),
         # Every layer's new channels and every bottleneck by itself: nothing is summed.
@@ -63,6 +66,10 @@ def infer(module, *inputs):
         (models.ViT(3, "micro"), IMAGES, [64] + [4, 16, 16, 256] * 4),
         # As in a ViT: the three parts of the fused projection share their heads.
         (networks.WindowAttention(), IMAGES, [8, 2, 4, 4]),
+        # The latents themselves, their features, heads, and dimensions in heads.
+        (networks.Perceiver(), SERIES, [5, 6, 2, 2, 2]),
+        # The stream, inner channels, the rank of the steps, the state of each channel.
+        (networks.Mamba(), SERIES, [6, 8, 2, 5]),
         (networks.UNet(), IMAGES, [4, 6, 5, 7, 8]),
         # As in a ViT, once for all the layers.
         (networks.GPT(), TOKENS, [8, 2, 3, 3, 16]),
@@ -276,6 +283,17 @@ def test_ways_to_write_a_network():
     for fn, _, _, sizes in WAYS:
         found = [size for name, size in symmetry.groups.items() if name.startswith(fn.__name__)]
         assert sorted(found) == sorted(sizes), f"{fn.__name__}: {symmetry}"
+
+
+def test_a_defective_rule_is_caught(monkeypatch):
+    monkeypatch.setitem(rules._RULES, "cumsum", rules._RULES["exp"])
+    variables = {"a": normal(3, 4), "b": normal(4, 2)}
+
+    def fn(p, x):
+        return jnp.cumsum(x @ p["a"], axis=1) @ p["b"]
+
+    with pytest.raises(ValueError, match=r"not invariant.* At fault: a .*leaves a, b\)"):
+        align.infer_symmetry(fn, variables, normal(2, 3))
 
 
 # ---------------------------------------------------------------- primitives
