@@ -307,7 +307,8 @@ def pool(h, window):
 
 
 def pool_gradient(h, window):
-    return jax.grad(lambda z: (pool(z, window) ** 2).sum())(h)
+    # Linear in what is pooled, so that the pooling itself is not needed.
+    return jax.grad(lambda z: pool(z, window).sum())(h)
 
 
 def pool_tangent(h, window):
@@ -359,7 +360,7 @@ KEEP = {
     "noise on rows": lambda h, p: h + jax.random.normal(jax.random.key(0), (2, 1), h.dtype),
     "ragged product": lambda h, p: jax.lax.ragged_dot(h, p["experts"], OTHER) @ p["back"],
     "stacked and reduced": lambda h, p: jnp.stack([h, h * p["d"]], axis=1).max(1),
-    "kernel gradient": lambda h, p: h * grouped_by_example(h, p),
+    "kernel gradient": grouped_by_example,
     "covariance": lambda h, p: h @ jnp.cov(h.T).astype(h.dtype),
     "associative scan": lambda h, p: jax.lax.associative_scan(jnp.add, h, axis=0),
     "cumulative logarithm": lambda h, p: jax.lax.cumlogsumexp(h, 0),
@@ -370,6 +371,9 @@ FIX = {
     "columns gathered": lambda h, p: jnp.take_along_axis(h, jnp.stack([MIXED, MIXED]), 1),
     "scatter one column": lambda h, p: h.at[:, 0].set(p["d"][:2]),
     "scatter columns": lambda h, p: h.at[:, MIXED].add(1.0),
+    "last update wins": lambda h, p: (
+        h * jnp.zeros((2, 1), h.dtype).at[:, jnp.zeros(4, jnp.int32)].set(h)
+    ),
     "segments of units": lambda h, p: jax.ops.segment_sum(h.T, MIXED, 4).T,
     "update by column": lambda h, p: jax.vmap(write, (1, 0), 1)(h, MIXED),
     "update of nothing by column": lambda h, p: (
