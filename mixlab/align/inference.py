@@ -59,8 +59,9 @@ def infer(fn: Callable[..., Any], variables: PyTree, inputs: Sequence[PyTree]) -
     needed = program.needed
     unused = [name for name, i in zip(names, leaves, strict=True) if i not in needed]
     if len(unused) == len(names):
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ValueError(
-            f"nothing that the function returns depends on its variables ({', '.join(names)}): "
+            f"nothing that the function returns depends on its variables ({listed}): "
             "pass a function fn(variables, *inputs) that computes its output from them"
         )
     for name, i in zip(names, leaves, strict=True):
