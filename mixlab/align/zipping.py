@@ -8,9 +8,7 @@ statistics) take the merge matrix, weights that read them the unmerge matrix.
 Source: Stoica et al. 2024, "ZipIt! Merging Models from Different Tasks without Training".
 """
 
-import copy
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 import scipy.sparse
-from jax.extend import core
 
 from mixlab import trees
-from mixlab.align.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Term, atoms, concat, prod
+from mixlab.align.layout import Atom, Prod, Sum, Term, atoms
 from mixlab.align.matching import Moments, activation_statistics, correlation
-from mixlab.align.program import Op, Program, scan_counts, trace
-from mixlab.align.rules import interpret
+from mixlab.align.roles import Reads, reads
 from mixlab.align.symmetry import Symmetry
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, PyTree
@@ -368,13 +364,14 @@ def _zip(
     if first is None:
         raise ValueError("no batches: the units' correlation needs at least one")
     number = len(models)
-    reads = _reads(symmetry, fn, models[0], first if isinstance(first, tuple) else (first,))
+    inputs = first if isinstance(first, tuple) else (first,)
+    roles = reads(symmetry, fn, models[0], *inputs)
     if groups is not None:
-        _check_cut(symmetry, reads, groups)
+        _check_cut(symmetry, roles, groups)
     pairs = list(itertools.combinations_with_replacement(range(number), 2))
     batches = itertools.chain([first], batches)
     statistics = activation_statistics(symmetry, fn, models, batches, pairs=pairs)
-    chosen = _zippable(symmetry, reads) & set(statistics[0, 0])
+    chosen = _zippable(symmetry, roles) & set(statistics[0, 0])
     chosen &= chosen if groups is None else groups
     matrices = {
         name: zip_units(
@@ -398,7 +395,7 @@ def _zip(
     def zip_leaf(name: str, *values: Any) -> Any:
         layout = symmetry.layouts.get(name, ())
         on_axis = [{str(atom.name) for atom in atoms(term)} for term in layout]
-        brought = [axis for axis in range(len(layout)) if not reads.get((name, axis))]
+        brought = [axis for axis in range(len(layout)) if not roles.get((name, axis))]
         if groups is None or any(on_axis[axis] & groups for axis in brought):
             shared.add(name)
         zipped = [axis for axis in range(len(layout)) if on_axis[axis] & chosen]
@@ -470,15 +467,13 @@ def _along(
     return value * value.dtype.type(elsewhere)
 
 
-def _check_cut(
-    symmetry: Symmetry, reads: Mapping[tuple[str, int], bool | None], groups: set[str]
-) -> None:
+def _check_cut(symmetry: Symmetry, roles: Reads, groups: set[str]) -> None:
     for name, layout in symmetry.layouts.items():
         brought: set[str] = set()
         read: set[str] = set()
         for axis, term in enumerate(layout):
             found = {str(atom.name) for atom in atoms(term)}
-            (read if reads.get((name, axis)) else brought).update(found)
+            (read if roles.get((name, axis)) else brought).update(found)
         missing = sorted((brought | read) - groups)
         if brought & groups and missing:
             raise ValueError(
@@ -487,16 +482,16 @@ def _check_cut(
             )
 
 
-def _zippable(symmetry: Symmetry, reads: Mapping[tuple[str, int], bool | None]) -> set[str]:
+def _zippable(symmetry: Symmetry, roles: Reads) -> set[str]:
     """The groups of which every leaf is known to bring their units forth or to read them."""
     barred = {name for name in symmetry.groups if symmetry.over[name]}
     for name, layout in symmetry.layouts.items():
         brought = []
         for axis, term in enumerate(layout):
             found = {str(atom.name) for atom in atoms(term)}
-            if found and reads.get((name, axis)) is False:
+            if found and roles.get((name, axis)) is False:
                 brought.append(found)
-            if reads.get((name, axis)) is None:
+            if roles.get((name, axis)) is None:
                 barred |= found
             for product in _products(term):
                 factors = [{str(atom.name) for atom in atoms(part)} for part in product.parts]
@@ -513,106 +508,3 @@ def _products(term: Term) -> Iterator[Prod]:
     if isinstance(term, Prod | Sum):
         for part in term.parts:
             yield from _products(part)
-
-
-# ---------------------------------------------------------------- who reads, who brings forth
-
-
-def _reads(
-    symmetry: Symmetry, fn: Callable[..., Any], variables: PyTree, inputs: tuple[PyTree, ...]
-) -> dict[tuple[str, int], bool | None]:
-    """For every axis of a leaf with units: whether the leaf reads them or brings them forth.
-
-    True where the axis is contracted with a value that depends on the inputs, False where it
-    passes into the result; None where both happen, or neither is seen.
-    """
-    program = trace(fn, variables, *inputs)
-    solver = Solver()
-    tags: list[tuple[Atom, tuple[str, int]]] = []
-
-    def tagged(term: Term, place: tuple[str, int]) -> Term:
-        match term:
-            case Atom(size):
-                tags.append((Atom(size, f"unit {len(tags)}"), place))
-                return tags[-1][0]
-            case Prod(parts):
-                return prod([tagged(part, place) for part in parts])
-            case Sum(parts):
-                return concat([tagged(part, place) for part in parts])
-        return Fixed(term.size)
-
-    given: list[Layout | None] = [
-        tuple(tagged(term, (name, axis)) for axis, term in enumerate(symmetry.layouts[name]))
-        for name, leaf in trees.named_leaves(variables)
-        if leaf is not None
-    ]
-    given += [None] * (len(program.inputs) - len(given))
-    uses: dict[int | str, set[bool | None]] = defaultdict(set)
-    for term, contracted in list(_uses(solver, program, given)):
-        for atom in atoms(solver.resolve(term)):
-            uses[atom.name].add(contracted)
-    found: dict[tuple[str, int], set[bool | None]] = defaultdict(set)
-    for tag, place in tags:
-        term = solver.resolve(tag)
-        found[place] |= (uses[term.name] if isinstance(term, Atom) else set()) or {None}
-    return {place: roles.pop() if len(roles) == 1 else None for place, roles in found.items()}
-
-
-def _uses(
-    solver: Solver, program: Program, given: Sequence[Layout | None]
-) -> Iterator[tuple[Term, bool | None]]:
-    """The axes of what is computed from leaves alone, where it meets what depends on the inputs.
-
-    Args:
-        solver: of the tags in `given`.
-        program: a function, or the body of a loop or branch.
-        given: the layout of every argument, or None for one that depends on the inputs.
-
-    Yields:
-        An axis' term, and whether it is contracted there: None for an unknown use.
-    """
-    bound = {i for i, layout in zip(program.inputs, given, strict=True) if layout is None}
-    for op in program.ops:
-        if bound.intersection(op.inputs):
-            bound.update(op.outputs)
-    alone = copy.copy(program)
-    alone.ops = [op for op in program.ops if not bound.intersection(op.inputs)]
-    arguments = [
-        tuple(Fixed(size) for size in program.shapes[i]) if layout is None else layout
-        for i, layout in zip(program.inputs, given, strict=True)
-    ]
-    values = interpret(solver, alone, arguments)
-    for op in program.ops:
-        if bound.intersection(op.inputs):
-            operands = [None if i in bound else values[i] for i in op.inputs]
-            yield from _meeting(solver, op, operands)
-    for number in program.outputs:
-        if number not in bound:
-            yield from ((term, False) for term in values[number])
-
-
-def _meeting(
-    solver: Solver, op: Op, operands: Sequence[Layout | None]
-) -> Iterator[tuple[Term, bool | None]]:
-    """What an operation does with operands that are computed from leaves alone."""
-    if op.name == "scan":
-        consts, carried = scan_counts(op.params)
-        start = consts + carried
-        stacked = [None if layout is None else layout[1:] for layout in operands[start:]]
-        body = Program(op.params["jaxpr"])
-        yield from _uses(solver, body, [*operands[:consts], *[None] * carried, *stacked])
-        operands = operands[consts:start]
-    elif op.name == "cond":
-        for branch in op.params["branches"]:
-            yield from _uses(solver, Program(branch), operands[1:])
-        return
-    contracted: Sequence[Sequence[int]] = [()] * len(operands)
-    if op.name == "dot_general":
-        contracted = op.params["dimension_numbers"][0]
-    elif op.name == "conv_general_dilated":
-        numbers = op.params["dimension_numbers"]
-        contracted = [numbers.lhs_spec[1:2], numbers.rhs_spec[1:2]]
-    known = op.name == "scan" or not list(core.jaxprs_in_params(op.params))
-    for layout, axes in zip(operands, contracted, strict=True):
-        for axis, term in enumerate(layout or ()):
-            yield term, (axis in axes) if known else None
