@@ -19,15 +19,25 @@ from mixlab.align.matching import (
 )
 from mixlab.align.repair import reestimate_batch_stats, repair
 from mixlab.align.symmetry import Permutations, Symmetry, infer_symmetry
+from mixlab.align.universe import activation_universe, match_universe, weight_universe
 from mixlab.align.weights import weight_matching
+from mixlab.align.zipping import (
+    Zipped,
+    optimal_zip_units,
+    zip_models,
+    zip_models_partially,
+    zip_units,
+)
 
 __all__ = [
     "Barrier",
     "Moments",
     "Permutations",
     "Symmetry",
+    "Zipped",
     "activation_matching",
     "activation_statistics",
+    "activation_universe",
     "assignment",
     "barrier",
     "correlation",
@@ -37,11 +47,17 @@ __all__ = [
     "match_activations",
     "match_models",
     "match_moments",
+    "match_universe",
     "matching_report",
     "merge_moments",
     "moments",
+    "optimal_zip_units",
     "reestimate_batch_stats",
     "repair",
     "second_moment",
     "weight_matching",
+    "weight_universe",
+    "zip_models",
+    "zip_models_partially",
+    "zip_units",
 ]
