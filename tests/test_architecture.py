@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
     "experts": FOUNDATION
     | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
-    "bench": FOUNDATION | {"augment", "merge"},
+    "bench": FOUNDATION | {"align", "augment", "merge", "models"},
     "cli": FOUNDATION
     | {"agents", "augment", "merge", "train", "experts", "report", "checkpoint"}
     | {"figures", "gallery", "bench"},
