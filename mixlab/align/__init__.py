@@ -18,7 +18,6 @@ from mixlab.align.matching import (
     second_moment,
 )
 from mixlab.align.repair import reestimate_batch_stats, repair
-from mixlab.align.repair import reestimate_batch_stats
 from mixlab.align.sinkhorn import sinkhorn, sinkhorn_matching
 from mixlab.align.straight_through import straight_through
 from mixlab.align.symmetry import Permutations, Symmetry, infer_symmetry
