@@ -18,6 +18,8 @@ from mixlab.align.matching import (
     second_moment,
 )
 from mixlab.align.repair import reestimate_batch_stats, repair
+from mixlab.align.sinkhorn import sinkhorn, sinkhorn_matching
+from mixlab.align.straight_through import straight_through
 from mixlab.align.symmetry import Permutations, Symmetry, infer_symmetry
 from mixlab.align.universe import activation_universe, match_universe, weight_universe
 from mixlab.align.weights import weight_matching
@@ -55,6 +57,9 @@ __all__ = [
     "reestimate_batch_stats",
     "repair",
     "second_moment",
+    "sinkhorn",
+    "sinkhorn_matching",
+    "straight_through",
     "weight_matching",
     "weight_universe",
     "zip_models",
