@@ -303,15 +303,23 @@ def occurrences(value: Any, layout: Layout, name: int | str) -> Iterator[tuple[A
     Products are reshaped apart and sums sliced apart, so that the axis is the atom's alone, and
     what it varies over are axes too.
     """
-    for steps, apart, axis in _paths(layout, name):
-        found = value
-        for step in steps:
-            found = found[step] if isinstance(step[-1], slice) else found.reshape(step)
-        yield found, apart, axis
+    for steps, apart, axis in paths(layout, name):
+        yield walk(value, steps), apart, axis
+
+
+def walk(value: Any, steps: tuple[Any, ...]) -> Any:
+    """Takes the reshapes and slices of `paths`."""
+    for step in steps:
+        if step[0] == "cut":
+            _, axis, start, stop = step
+            value = value[(slice(None),) * axis + (slice(start, stop),)]
+        else:
+            value = value.reshape(step)
+    return value
 
 
 @functools.lru_cache(maxsize=4096)
-def _paths(
+def paths(
     layout: Layout, name: int | str, done: tuple[Any, ...] = ()
 ) -> tuple[tuple[tuple[Any, ...], Layout, int], ...]:
     """The reshapes and slices that lead to each occurrence, its layout then, and its axis."""
@@ -319,13 +327,13 @@ def _paths(
         before, after = layout[:axis], layout[axis + 1 :]
         if isinstance(term, Prod):
             apart = (*before, *term.parts, *after)
-            return _paths(apart, name, (*done, tuple(t.size for t in apart)))
+            return paths(apart, name, (*done, tuple(t.size for t in apart)))
         if isinstance(term, Sum) and any(atom.name == name for atom in atoms(term)):
             found: list[Any] = []
             start = 0
             for part in term.parts:
-                piece = (slice(None),) * axis + (slice(start, start + part.size),)
-                found += _paths((*before, part, *after), name, (*done, piece))
+                piece = (*done, ("cut", axis, start, start + part.size))
+                found += paths((*before, part, *after), name, piece)
                 start += part.size
             return tuple(found)
     return tuple(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import scipy.optimize
 
 from mixlab import trees
 from mixlab.align.assignment import assignment, is_concrete
-from mixlab.align.layout import atoms, label, occurrences, rows, take
+from mixlab.align.layout import atoms, label, paths, take, walk
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.align.wreath import match_family
 from mixlab.spec import nearest
@@ -103,13 +103,24 @@ def weight_matching(
         found = tried[0]
         if runs > 1:
             found = max(tried, key=functools.partial(_objective, problem, ours, theirs))
-        return {name: jnp.asarray(found[name], jnp.int32) for name in symmetry.groups}
+        host = {name: found[name].astype(np.int32) for name in symmetry.groups}
+        return cast(Permutations, jax.device_put(host))
     start = {name: jnp.asarray(p) for name, p in start.items()}
     visits = None
     if order is not None:
         visits = jnp.asarray([[problem.number(name) for name in sweep] for sweep in order])
         max_iterations = min(max_iterations, len(order))
     return _compiled(problem, *chosen, start, keys, visits, max_iterations, backend)
+
+
+class _Part(NamedTuple):
+    """An occurrence of a group in a leaf: where it is, and its axes in order, `[*loops, S, U]`."""
+
+    leaf: str
+    owner: str
+    steps: tuple[Any, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 class _Problem:
@@ -154,6 +165,8 @@ class _Problem:
             for i, touched in enumerate(self.touched)
         ]
 
+        self.plans = [self._plan(i) for i in range(len(self.families))]
+
     @classmethod
     def of(cls, symmetry: Symmetry, leaves: tuple[str, ...]) -> "_Problem":
         """The problem of these leaves, made once."""
@@ -170,17 +183,28 @@ class _Problem:
         """The number of the family that a group belongs to."""
         return next(i for i, family in enumerate(self.families) if group in family)
 
+    def _plan(self, i: int) -> list[_Part]:
+        """How the units of a family are read from each leaf that scores for it."""
+        plan: list[_Part] = []
+        for leaf, owner in self.owners[i].items():
+            loops = len(self.families[i][owner].loops)
+            for steps, apart, axis in paths(self.layouts[leaf], owner):
+                at = {label(term): i for i, term in enumerate(apart)}
+                over = [at[name] for name in self.symmetry.over[owner]]
+                leading, units = over[:loops], [*over[loops:], axis]
+                pooled = [a for a in range(len(apart)) if a not in (*leading, *units)]
+                order = (*leading, *pooled, *units)
+                size = int(np.prod([apart[a].size for a in units]))
+                shape = (*(apart[a].size for a in leading), -1, size)
+                plan.append(_Part(leaf, owner, steps, order, shape))
+        return plan
+
     def sides(self, i: int, tree: Any, xp: Any) -> dict[str, Any]:
         """The units of each member of a family, its leaves beside each other, [*loops, S, U]."""
         found: dict[str, list[Any]] = {}
-        for leaf, owner in self.owners[i].items():
-            loops = len(self.families[i][owner].loops)
-            for value, apart, axis in occurrences(tree[leaf], self.layouts[leaf], owner):
-                at = {label(term): i for i, term in enumerate(apart)}
-                over = [at[name] for name in self.symmetry.over[owner]]
-                units = rows(value, [*over[loops:], axis], over[:loops])
-                units = units.reshape(*units.shape[: loops + 1], -1)
-                found.setdefault(owner, []).append(units)
+        for leaf, owner, steps, order, shape in self.plans[i]:
+            units = walk(tree[leaf], steps).transpose(order).reshape(shape)
+            found.setdefault(owner, []).append(units)
         return {owner: xp.concatenate(parts, axis=-2) for owner, parts in found.items()}
 
     def scores(self, ours: Any, current: Any, xp: Any) -> dict[str, Any]:
@@ -352,10 +376,10 @@ def _compiled(
 
 
 def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None) -> dict[str, Any]:
-    """The leaves that count, in float32 or wider."""
+    """The leaves that count, in float32 or wider; on the host if they are there."""
     named = dict(trees.named_leaves(variables))
     for name, layout in symmetry.layouts.items():
-        shape = tuple(term.size for term in layout)
+        shape = tuple([term.size for term in layout])
         if name not in named or np.shape(named[name]) != shape:
             found = np.shape(named[name]) if name in named else "none"
             raise ValueError(f"the symmetry has leaf {name!r} of shape {shape}, the model {found}")
@@ -366,9 +390,11 @@ def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None
     for name in leaves:
         if name not in symmetry.layouts:
             raise KeyError(f"no leaf {name!r}; {nearest(name, symmetry.layouts)}")
-        if trees.is_inexact(named[name]):
-            value = named[name]
-            if is_concrete(value) and not np.all(np.isfinite(np.asarray(value))):
-                raise ValueError(f"leaf {name!r} contains NaN or infinity")
+        value = named[name]
+        if jnp.issubdtype(value.dtype, jnp.inexact):
+            if jax.default_backend() == "cpu" and is_concrete(value):
+                value = np.asarray(value)
+                if not np.isfinite(value).all():
+                    raise ValueError(f"leaf {name!r} contains NaN or infinity")
             result[name] = value.astype(trees.wide(value.dtype))
     return result
