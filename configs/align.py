@@ -22,9 +22,8 @@ MATCHINGS = (
     "weight_matching",
     "activation_matching('correlation')",
     "activation_matching('second_moment')",
-    "straight_through",
+    "straight_through(epochs=5)",
     "sinkhorn_matching(data=False)",
-    "sinkhorn_matching",
 )
 
 

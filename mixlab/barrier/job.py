@@ -75,13 +75,14 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     setting = prepare(config, pairs[0][0])
     results: list[Result] = []
     for (reference, other), both in zip(pairs, seeds, strict=True):
-        start = time.perf_counter()
         aligned = {}
         for text in config.matchings:
+            start = time.perf_counter()
             pair = Pair(setting, reference, other, jax.random.key(both[0]))
-            permutations = parse_matching(text)(pair)
+            permutations = jax.block_until_ready(parse_matching(text)(pair))
             aligned[text] = setting.symmetry.permute(permutations, other)
-        between = time.perf_counter()
+            spent = time.perf_counter() - start
+            print(f"networks {both[0]} and {both[1]}: {text} took {spent:.1f} s", flush=True)
         for repaired in (False, True):
             lines = align.barrier(
                 setting.test,
@@ -91,11 +92,6 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
                 post=setting.repair if repaired else None,
             )
             results += [Result(text, both, repaired, line) for text, line in lines.items()]
-        print(
-            f"networks {both[0]} and {both[1]}: {between - start:.0f} s of matching, "
-            f"{time.perf_counter() - between:.0f} s of testing",
-            flush=True,
-        )
     for repaired, name in ((False, "barriers.png"), (True, "barriers_repaired.png")):
         first = [r for r in results if r.seeds == seeds[0] and r.repaired == repaired]
         figures.barriers({r.matching: r.line for r in first}).savefig(workdir / name)
