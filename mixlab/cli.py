@@ -42,7 +42,7 @@ usage: mixlab COMMAND ...
       Draws all augmentations on one sheet, or those that are given in detail.
       For example: mixlab gallery "cutmix(alpha=1.0)" "randaugment | mixup" --data folder:photos
       The other options: mixlab gallery --help
-  mixlab bench augment|merge [--quick] [--filter PATTERN] [--out FILE] [--json FILE]
+  mixlab bench align|augment|merge [--quick] [--filter PATTERN] [--out FILE] [--json FILE]
       Measures mixlab beside other libraries: those of the extra [bench] that are installed.
 """
 

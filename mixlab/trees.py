@@ -29,10 +29,15 @@ def _part(entry: Any) -> str:
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """Lists `(name, leaf)` in the order of `jax.tree.leaves`, `None` included.
 
-    A name joins the keys of the path with `/`; the name of a bare leaf is the empty string.
+    A name joins the keys of the path with `/`; the name of a bare leaf is the empty string. The
+    variables of Flax NNX are named as they are in the module, without the field `value` in them.
     """
     paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-    return [("/".join(_part(entry) for entry in path), leaf) for path, leaf in paths]
+    field = jax.tree_util.GetAttrKey("value")
+    return [
+        ("/".join(_part(entry) for entry in (path[:-1] if path[-1:] == (field,) else path)), leaf)
+        for path, leaf in paths
+    ]
 
 
 def map_named(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "barrier": FOUNDATION
     | {"align", "augment", "data", "experiment", "models"}
     | {"checkpoint", "figures", "report", "train"},
-    "bench": FOUNDATION | {"augment", "merge"},
+    "bench": FOUNDATION | {"align", "augment", "merge", "models"},
     "cli": FOUNDATION
     | {"agents", "augment", "merge", "train", "experts", "barrier", "report", "checkpoint"}
     | {"figures", "gallery", "bench"},

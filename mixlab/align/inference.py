@@ -59,8 +59,9 @@ def infer(fn: Callable[..., Any], variables: PyTree, inputs: Sequence[PyTree]) -
     needed = program.needed
     unused = [name for name, i in zip(names, leaves, strict=True) if i not in needed]
     if len(unused) == len(names):
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ValueError(
-            f"nothing that the function returns depends on its variables ({', '.join(names)}): "
+            f"nothing that the function returns depends on its variables ({listed}): "
             "pass a function fn(variables, *inputs) that computes its output from them"
         )
     for name, i in zip(names, leaves, strict=True):
@@ -78,7 +79,7 @@ def infer(fn: Callable[..., Any], variables: PyTree, inputs: Sequence[PyTree]) -
     named = tuple((name, values[i]) for name, i in zip(names, leaves, strict=True))
     homes = _homes(program, values, dict(zip(leaves, names, strict=True)), solver)
     over = variations(solver, [layout for _, layout in named], list(homes))
-    taps = _taps(program, values, _depending(program, given), over, solver)
+    taps = _taps(program, values, program.depending(given), over, solver)
     return Inference(
         program=program,
         leaves=named,
@@ -88,15 +89,6 @@ def infer(fn: Callable[..., Any], variables: PyTree, inputs: Sequence[PyTree]) -
         values=values,
         notes=tuple(solver.notes),
     )
-
-
-def _depending(program: Program, sources: Sequence[int]) -> set[int]:
-    """The values that are computed from some of the `sources`."""
-    depending = set(sources)
-    for op in program.ops:
-        if depending.intersection(op.inputs):
-            depending.update(op.outputs)
-    return depending
 
 
 def _names_in(layout: Layout) -> list[int | str]:
@@ -216,7 +208,7 @@ def _scan_taps(
         if outer in carried or result in carried
     ]
     loop = solver.resolve(solver.loops_of[id(op)])
-    inside = _taps(body, values, _depending(body, sources), over, solver)
+    inside = _taps(body, values, body.depending(sources), over, solver)
     for atom, (rank, (place, layout)) in inside.items():
         yield atom, (rank, (place, (loop, *layout)))
 

@@ -76,8 +76,8 @@ def find_layers(program: Program, variables: Sequence[int]) -> dict[int, LinearL
         By the number of the sum of product and bias, in order.
     """
     uses = Counter([i for op in program.ops for i in op.inputs] + program.outputs)
-    data = _depending(program, [i for i in program.inputs if i not in variables])
-    final = _final(program, _depending(program, variables) - data)
+    data = program.depending([i for i in program.inputs if i not in variables])
+    final = _final(program, program.depending(variables) - data)
     # Of leaves and what merely reorders them: the leaf, and the places of the elements in it.
     views = {i: (i, _numbered(program.shapes[i])) for i in variables}
     # Products on the way to their bias: kernel, its places and unit axes, and the outputs' units.
@@ -196,15 +196,6 @@ def _units(
     others = [axis for axis in range(len(op.shapes[0])) if axis not in axes.values()]
     numbers = np.expand_dims(numbers.transpose(order), others)
     return unit_shape, np.broadcast_to(numbers, op.shapes[0])
-
-
-def _depending(program: Program, sources: Sequence[int]) -> set[int]:
-    """The values that are computed from some of the `sources`."""
-    depending = set(sources)
-    for op in program.ops:
-        if depending.intersection(op.inputs):
-            depending.update(op.outputs)
-    return depending
 
 
 def _final(program: Program, learned: set[int]) -> set[int]:

@@ -1,6 +1,6 @@
 """A traced function as one flat list of primitive operations, which can be read and evaluated."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ _INLINED = {
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
+    "call": "call_jaxpr",
+    "composite": "jaxpr",
+    "custom_vmap_call": "call",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
@@ -65,6 +68,7 @@ class Program:
         self.shapes: list[tuple[int, ...]] = []
         self.float_bytes = 8
         self.inputs = [self._declare(var) for var in closed.jaxpr.invars]
+        self._dtypes = [var.aval.dtype for var in closed.jaxpr.invars]
         self.outputs = self._inline(closed.jaxpr, self._hold(closed.consts), self.inputs)
         self.needed = set(self.outputs)
         for op in reversed(self.ops):
@@ -90,6 +94,12 @@ class Program:
         if dtype is not None and not self.is_straight:
             raise ValueError("a program with control flow runs in the precision it was traced in")
         values: dict[int, Any] = {i: _cast(value, dtype) for i, value in self.constants.items()}
+        if dtype is not None:
+            # Integers stay as wide as they were traced.
+            arguments = [
+                jnp.asarray(x, traced) if jnp.issubdtype(traced, jnp.integer) else x
+                for x, traced in zip(arguments, self._dtypes, strict=True)
+            ]
         values.update(zip(self.inputs, arguments, strict=True))
         inside: dict[int, list[Place]] = {}
         for place in wanted:
@@ -106,12 +116,25 @@ class Program:
             operands = [values[i] for i in op.inputs]
             if dtype is not None and op.name == "reduce_precision":
                 results = operands
+            elif dtype is not None and op.name == "bitcast_convert_type":
+                # Bits have the meaning that they had: random numbers are made from them.
+                result = op.primitive.bind(*operands, **op.params)
+                floating = jnp.issubdtype(result.dtype, jnp.floating)
+                results = [result.astype(dtype) if floating else result]
             else:
                 params = {name: _cast_dtype(value, dtype) for name, value in op.params.items()}
                 result = op.primitive.bind(*operands, **params)
                 results = result if op.primitive.multiple_results else [result]
             values.update(zip(op.outputs, results, strict=True))
         return [values[place[0]] if len(place) == 1 else tapped[place] for place in wanted]
+
+    def depending(self, sources: Iterable[int]) -> set[int]:
+        """The numbers of the values that are computed from `sources`, these included."""
+        depending = set(sources)
+        for op in self.ops:
+            if depending.intersection(op.inputs):
+                depending.update(op.outputs)
+        return depending
 
     @property
     def is_straight(self) -> bool:
@@ -129,7 +152,7 @@ class Program:
 
     def _hold(self, constants: Sequence[Any]) -> list[int]:
         numbers = [self._new(getattr(value, "shape", ())) for value in constants]
-        self.constants.update(zip(numbers, constants, strict=True))
+        self.constants.update(zip(numbers, map(_as_traced, constants), strict=True))
         return numbers
 
     def _inline(self, jaxpr: core.Jaxpr, consts: list[int], arguments: list[int]) -> list[int]:
@@ -188,6 +211,13 @@ def _scan(op: Op, operands: list[Any], places: list[Place]) -> tuple[list[Any], 
         step, carry, stacked, length=op.params["length"], reverse=op.params["reverse"]
     )
     return [*kept, *results], found
+
+
+def _as_traced(value: Any) -> Any:
+    """NumPy's wide integers as JAX reads them at the time of tracing."""
+    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.integer):
+        return value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+    return value
 
 
 def _cast(value: Any, dtype: Any) -> Any:

@@ -171,7 +171,7 @@ def repair(
 def _measure(fn: Callable[..., Any], variables: PyTree, batch: Any) -> dict[str, _Seen]:
     """The moments of every layer's outputs on one batch, by the name of the kernel."""
     program, names, layers = _layers(fn, variables, batch)
-    values = program.evaluate(jax.tree.leaves((variables, batch)), list(layers))
+    values = program.evaluate(jax.tree.leaves((variables, batch)), [(i,) for i in layers])
     return {
         names[layer.kernel]: _moments(layer, value)
         for layer, value in zip(layers.values(), values, strict=True)

@@ -65,7 +65,7 @@ class Readers:
         return axes.pop() if len(axes) == 1 else None
 
     def _segment(self, op: Op) -> tuple[int, int, int] | None:
-        """Axis, start and stop of a slice that takes consecutive positions of one axis."""
+        """Axis, start and stop of a slice that takes consecutive positions of one axis, if any."""
         shape = self._shapes[op.inputs[0]]
         strides = op.params["strides"] or (1,) * len(shape)
         bounds = zip(op.params["start_indices"], op.params["limit_indices"], strides, strict=True)
@@ -74,7 +74,10 @@ class Readers:
             for axis, (start, stop, stride) in enumerate(bounds)
             if (start, stop, stride) != (0, shape[axis], 1)
         ]
-        return cut[0][:3] if len(cut) == 1 and cut[0][3] == 1 else None
+        if len(cut) != 1:
+            return None
+        axis, start, stop, stride = cut[0]
+        return (axis, start, stop) if stride == 1 and stop > start else None
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from mixlab.align.layout import (
     rows,
     take,
 )
-from mixlab.align.program import trace
+from mixlab.align.program import Program, trace
 from mixlab.align.wreath import Member, families
 from mixlab.spec import nearest
 from mixlab.types import Array, Key, PyTree
@@ -310,24 +310,38 @@ class Symmetry:
         """The function in the highest precision it can be had in, and that one's tolerance."""
         fn = self.fn
         assert fn is not None
-        with jax.enable_x64(True):
+
+        def evaluator(program: Program, dtype: Any) -> Callable[..., Any]:
+            def run(*arguments: PyTree) -> list[Array]:
+                leaves = jax.tree.leaves(arguments)
+                wanted = [(number,) for number in program.outputs]
+                return program.evaluate(leaves, wanted, dtype=dtype)
+
+            return run
+
+        # A function that mixes in constants of its own precision would not promote them.
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
             try:
-                program = trace(fn, *self._example(np.random.default_rng(0), np.float64))
+                program = trace(fn, *self._abstract(np.float64))
                 if program.float_bytes == 8:
-                    return fn, np.float64, _TOLERANCES[8]
+                    return evaluator(program, None), np.float64, _TOLERANCES[8]
             except (TypeError, ValueError):
                 # The function insists on a precision that does not mix with float64.
                 pass
-        program = trace(fn, *self._example(np.random.default_rng(0), None))
+        program = trace(fn, *self._abstract(None))
         if not program.is_straight:
             return fn, None, _TOLERANCES[program.float_bytes]
+        return evaluator(program, np.float64), np.float64, _TOLERANCES[8]
 
-        def run(*arguments: PyTree) -> list[Array]:
-            leaves = jax.tree.leaves(arguments)
-            wanted = [(number,) for number in program.outputs]
-            return program.evaluate(leaves, wanted, dtype=np.float64)
+    def _abstract(self, dtype: Any) -> tuple[PyTree, ...]:
+        """Shapes of the variables and inputs, floating ones in `dtype`."""
 
-        return run, np.float64, _TOLERANCES[8]
+        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+            own = jnp.result_type(leaf)
+            wide = dtype if dtype and jnp.issubdtype(own, jnp.floating) else own
+            return jax.ShapeDtypeStruct(np.shape(leaf), wide)
+
+        return jax.tree.map(shape, (self.variables, *self.inputs))
 
     def _example(self, rng: np.random.Generator, dtype: Any) -> tuple[PyTree, ...]:
         # On the host: one small compilation an array would cost more than the whole proof.
@@ -456,6 +470,13 @@ class Symmetry:
                 layout = self.layouts[known]
                 if tuple(term.size for term in layout) == shape:
                     return layout
+        for candidate in (name, f"params/{name}"):
+            if candidate in self.layouts:
+                own = tuple(term.size for term in self.layouts[candidate])
+                raise ValueError(
+                    f"leaf {name!r} has shape {shape}, but the symmetry was inferred from one of "
+                    f"shape {own}: give variables of the same network, or infer its own symmetry"
+                )
         raise ValueError(
             f"leaf {name!r} of shape {shape} mirrors no leaf of the variables by name and shape; "
             f"{nearest(name, self.layouts)}"

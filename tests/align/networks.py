@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 
 def norm(x):
@@ -297,3 +298,62 @@ class Recurrent(nn.Module):
         backward = nn.RNN(nn.SimpleCell(5), reverse=True, keep_order=True)
         x = jnp.concatenate([forward, backward(x, initial_carry=zeros)], axis=-1)
         return nn.Dense(3)(nn.Dense(7)(nn.tanh(x)))
+
+
+class ResNeXt(nn.Module):
+    """A bottleneck whose middle convolution is grouped."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        h = nn.relu(nn.Conv(6, (1, 1))(x))
+        h = nn.relu(nn.Conv(12, (3, 3), feature_group_count=3)(h))
+        return nn.Dense(3)((x + nn.Conv(8, (1, 1))(h)).mean((1, 2)))
+
+
+class Perceiver(nn.Module):
+    """Learned latents that attend to the input, and are averaged."""
+
+    @nn.compact
+    def __call__(self, x):
+        latents = self.param("latents", nn.initializers.normal(), (1, 5, 6))
+        z = jnp.tile(latents, (x.shape[0], 1, 1))
+        z = z + nn.MultiHeadDotProductAttention(2, qkv_features=4)(nn.LayerNorm()(z), x)
+        return nn.Dense(3)(nn.LayerNorm()(z).mean(1))
+
+
+class Mamba(nn.Module):
+    """A selective state space: a causal depthwise convolution and an associative scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6)(x)
+        y = nn.Dense(16)(nn.RMSNorm()(x))
+        u, gate = y[..., :8], y[..., 8:]
+        u = nn.silu(nn.Conv(8, (3,), padding=((2, 0),), feature_group_count=8)(u))
+        step = nn.softplus(nn.Dense(8)(nn.Dense(2)(u)))[..., None]
+        enter, leave = jnp.split(nn.Dense(10)(u)[:, :, None], 2, axis=-1)
+        decay = jnp.exp(-step * jnp.exp(self.param("decay", nn.initializers.ones, (8, 5))))
+        _, state = jax.lax.associative_scan(
+            lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]),
+            (decay, step * enter * u[..., None]),
+            axis=1,
+        )
+        y = (state * leave).sum(-1) + u * self.param("skip", nn.initializers.ones, (8,))
+        return nn.Dense(3)(x + nn.Dense(6)(y * nn.silu(gate)))
+
+
+class NNX(nnx.Module):
+    """A small convolutional network in Flax NNX."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.hidden = nnx.List([nnx.Linear(4, 5, rngs=rngs), nnx.Linear(5, 6, rngs=rngs)])
+        self.out = nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x))).mean((1, 2))
+        for layer in self.hidden:
+            x = nnx.relu(layer(x))
+        return self.out(x)

@@ -5,10 +5,12 @@ import json
 import os
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from mixlab import bench, cli
+from mixlab import align, bench, cli, models
+from mixlab.bench import align as bench_align
 from mixlab.bench import augment
 from mixlab.bench import merge as bench_merge
 
@@ -183,3 +185,49 @@ def test_a_merge_is_timed_and_a_missing_peer_left_out(monkeypatch):
     assert report.left_out == {
         "no_such_package": "not installed; pip install 'mixlab[bench]' has the peers"
     }
+
+
+def small_networks():
+    return {"MLP": (models.MLP(3, (6, 5)), np.zeros((1, 4, 4, 1), np.float32))}
+
+
+def test_weight_matching_is_timed_and_the_code_restated_finds_the_same(monkeypatch):
+    monkeypatch.setattr(bench_align, "_networks", small_networks)
+    report = bench_align.run(bench.Options(rounds=1, seconds=0.0, select="^weights"))
+    (row,) = report.tables["Weight matching, milliseconds"]
+    assert row["network"] == "MLP"
+    assert row["ours, objective"] == row["peer, objective"]
+    assert float(row["ours, objective"]) > 1
+    assert int(row["assignments"]) % 2 == 0  # whole sweeps over two groups
+    assert not any(rows for title, rows in report.tables.items() if "Weight" not in title)
+
+
+def test_every_model_is_merged_in_its_own_order():
+    module = models.MLP(3, (6, 5))
+    image = np.random.default_rng(0).normal(size=(40, 4, 4, 1)).astype(np.float32)
+    variables = [jax.jit(module.init)(jax.random.key(i), image[:1]) for i in range(3)]
+    symmetry = align.infer_symmetry(module.apply, variables[0], image[:1], check=False)
+    merge = bench_align._Merge(symmetry, variables, image, lambda variables, batch: {})
+    found, merged = merge(2, False)
+    assert sorted(found) == [(0, 1), (0, 2), (1, 0), (1, 2)]
+    for i in (0, 2):
+        expected = align.activation_matching(
+            symmetry, module.apply, variables[1], variables[i], image
+        )
+        jax.tree.map(np.testing.assert_array_equal, found[1, i], expected)
+    kernels = [
+        symmetry.permute(found[1, i], x)["params"]["Dense_0"]["kernel"]
+        if i != 1
+        else x["params"]["Dense_0"]["kernel"]
+        for i, x in enumerate(variables)
+    ]
+    np.testing.assert_allclose(
+        merged[1]["params"]["Dense_0"]["kernel"], np.mean(kernels, axis=0), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_assignments_are_timed_with_every_backend(monkeypatch):
+    monkeypatch.setattr(bench_align, "WIDTHS", (4,))
+    options = bench.Options(rounds=1, seconds=0.0, select="assignment planted")
+    (row,) = bench_align.run(options).tables["Assignment, milliseconds"]
+    assert list(row) == ["scores", "n", "scipy", "optax", "jax"]
