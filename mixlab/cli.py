@@ -1,12 +1,13 @@
-"""The command `mixlab`: `train`, `experts`, `report`, `diff`, `gallery` and `bench`."""
+"""The command `mixlab`: `train`, `experts`, `barrier`, `report`, `diff`, `gallery` and `bench`."""
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -27,6 +28,10 @@ usage: mixlab COMMAND ...
       Fine-tunes a network for several tasks, merges it by every method and tests the merges.
       For example: mixlab experts --config configs/experts.py --workdir runs/experts
                    --config.methods="('average', 'ties(density=0.1)')"
+  mixlab barrier --config FILE --workdir DIR [--config.FIELD=VALUE ...]
+      Trains networks apart, matches their units by every method and measures the barrier between.
+      For example: mixlab barrier --config configs/align.py --workdir runs/align
+                   --config.model='mlp(hidden=(2048, 2048))'
   mixlab report DIR
       Writes the report of a workdir again: report.md, results.csv, figures.
   mixlab diff MODEL [MODEL ...] [--base MODEL] [--merged MODEL] [--figure FILE] [--json FILE]
@@ -50,6 +55,7 @@ def main() -> None:
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
         "experts": _experts,
+        "barrier": _barrier,
         "report": _report,
         "diff": _diff,
         "gallery": _gallery,
@@ -67,44 +73,57 @@ def main() -> None:
 def _train(arguments: Sequence[str]) -> None:
     config, workdir = _parse("train", arguments)
     agents.force_cpu_devices(config.agents)  # before JAX starts
+
+    from mixlab import report, train
+
+    with _job(workdir):
+        path = train.train(config, workdir)
+    report.show(path)
+
+
+def _experts(arguments: Sequence[str]) -> None:
+    config, workdir = _parse("experts", arguments)
+
+    from mixlab import experts
+
+    with _job(workdir):
+        path = experts.run(config, workdir)
+    print(f"\n{path.read_text()}\nreport       {path}")
+
+
+def _barrier(arguments: Sequence[str]) -> None:
+    config, workdir = _parse("barrier", arguments)
+
+    from mixlab import barrier
+
+    with _job(workdir):
+        path = barrier.run(config, workdir)
+    print(f"\n{path.read_text()}\nreport       {path}")
+
+
+@contextlib.contextmanager
+def _job(workdir: str) -> Iterator[None]:
+    """Runs what trains; says in a line why it ended, if it did not come to its end."""
+    from mixlab import train
+    from mixlab.checkpoint import CheckpointError
+
     # The runs of a sweep, and a run that is resumed, compile much the same programs.
     jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, ".jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
     # What fails is told below, once; orbax logs whole tracebacks of its threads besides.
     logging.set_verbosity(logging.FATAL)
-
-    from mixlab import report, train
-    from mixlab.checkpoint import CheckpointError
-
     try:
-        path = train.train(config, workdir)
+        yield
     except train.Stopped as stopped:
         print(f"\n{stopped}; run the same command again to go on", flush=True)
-        return
+        sys.exit(0)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on from the last checkpoint", 130)
+        _fail("interrupted; run the same command again to go on from what is saved", 130)
     except (train.Diverged, CheckpointError) as error:
         _fail(str(error), 1)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         _fail(f"{type(error).__name__}: {error}", 1)
-    report.show(path)
-
-
-def _experts(arguments: Sequence[str]) -> None:
-    config, workdir = _parse("experts", arguments)
-    logging.set_verbosity(logging.FATAL)
-
-    from mixlab import experts
-    from mixlab.checkpoint import CheckpointError
-
-    try:
-        path = experts.run(config, workdir)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again: models that are trained are kept", 130)
-    except (ValueError, TypeError, KeyError, ImportError, OSError, CheckpointError) as error:
-        _fail(f"{type(error).__name__}: {error}", 1)
-    print(f"\n{path.read_text()}\nreport       {path}")
 
 
 def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:

@@ -86,6 +86,22 @@ CALIBRATION_BINS = 15
 """Bins of equal width into which `test_ece` sorts the confidences, as Guo et al. do."""
 
 
+def datasets(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
+    """Loads the training and the test set that a config names.
+
+    Raises:
+        ValueError: no such set or split, or data that cannot be used.
+        ModuleNotFoundError: the data set needs the extra `data`.
+    """
+    known = ("data_dir", "download", "image_size", "memory_bytes")
+    options = {name: config[name] for name in known if name in config}
+    train_set, test_set = (
+        data.load(config.data, split, **options)
+        for split in (config.train_split, config.test_split)
+    )
+    return train_set, test_set
+
+
 class Experiment(NamedTuple):
     """A config made real: what `mixlab.train` needs to train, evaluate and describe it.
 
@@ -140,17 +156,7 @@ def prepare(config: ConfigDict) -> Experiment:
     init_key, train_key, match_key, sheet_key = jax.random.split(key, 4)
 
     # 1. Data, and who holds what.
-    train_set, test_set = (
-        data.load(
-            config.data,
-            split,
-            data_dir=config.data_dir,
-            download=config.download,
-            image_size=config.image_size,
-            memory_bytes=config.memory_bytes,
-        )
-        for split in (config.train_split, config.test_split)
-    )
+    train_set, test_set = datasets(config)
     num_classes = train_set.num_classes
     parts = agents.partition.parse(config.partition)(train_set.labels, config.agents, config.seed)
 
@@ -179,7 +185,7 @@ def prepare(config: ConfigDict) -> Experiment:
     problem = agents.Problem(
         optimizer=spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain),
         symmetry=symmetry,
-        batch_stats=_batch_stats(model, variables),
+        batch_stats=reestimation(model, variables),
         assignment="scipy" if host_callbacks_are_safe(parallel) else "jax",
     )
     # Keys are arguments too, not constants, so that runs with other seeds share the programs.
@@ -230,7 +236,7 @@ def prepare(config: ConfigDict) -> Experiment:
         return strategy.communicate(axis, here, state, shared["weights"]), totals
 
     def evaluate(axis: agents.Axis, variables: PyTree, held: PyTree, batch: Batch) -> PyTree:
-        return axis.each(lambda own: _evaluate(model, own, batch))(variables)
+        return axis.each(lambda own: tally(model, own, batch))(variables)
 
     def consensus(axis: agents.Axis, variables: PyTree, held: PyTree, shared: PyTree) -> PyTree:
         return agents.consensus(axis, problem._replace(images=shared["images"]), variables)
@@ -241,7 +247,7 @@ def prepare(config: ConfigDict) -> Experiment:
     run_consensus = parallel.compile(consensus)
 
     def stream() -> Iterator[Batch]:
-        return map(parallel.replicate, _test_batches(test_set, config.eval_batch_size, prepared))
+        return map(parallel.replicate, test_batches(test_set, config.eval_batch_size, prepared))
 
     # As float32 the images take four times their bytes, and every device holds a copy.
     copies = 4 * len(parallel.devices) * test_set.num_bytes
@@ -255,7 +261,7 @@ def prepare(config: ConfigDict) -> Experiment:
     def test(variables: PyTree) -> dict[str, np.ndarray]:
         batches = stream() if resident is None else resident
         sums = [parallel.get(run_evaluate(variables, {}, batch)) for batch in batches]
-        return _scores({name: sum(s[name] for s in sums) for name in sums[0]})
+        return scores({name: sum(s[name] for s in sums) for name in sums[0]})
 
     def test_consensus(variables: PyTree) -> dict[str, float]:
         if config.agents == 1:
@@ -326,8 +332,8 @@ def _gradients(
     return grads, stats, metrics
 
 
-def _evaluate(model: Any, variables: PyTree, batch: Batch) -> dict[str, Array]:
-    """Sums over the examples of `batch` whose label is not -1 (padding), for `_scores`.
+def tally(model: Any, variables: PyTree, batch: Batch) -> dict[str, Array]:
+    """Sums over the examples of `batch` whose label is not -1 (padding), for `scores`.
 
     An example's confidence is its largest probability; `gap` [CALIBRATION_BINS] holds, of each bin
     of confidence, (0, 1/M], ..., (1 - 1/M, 1], the sum of right - confidence.
@@ -348,8 +354,8 @@ def _evaluate(model: Any, variables: PyTree, batch: Batch) -> dict[str, Array]:
     }
 
 
-def _scores(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Means over the test set, [A], from the sums of `_evaluate`, leaves [A, ...].
+def scores(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Means over the test set, [A], from the sums of `tally`, leaves [A, ...].
 
     The expected calibration error is the mean over bins, weighted by their examples, of the
     distance between accuracy and mean confidence. Weight times distance is `gap` over all examples.
@@ -357,11 +363,11 @@ def _scores(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     Source: Guo et al. 2017, "On calibration of modern neural networks", s. 2.
     """
     examples = sums["examples"]
-    scores = {name: sums[name] / examples for name in ("accuracy", "loss", "confidence")}
-    return {**scores, "ece": np.abs(sums["gap"]).sum(axis=-1) / examples}
+    means = {name: sums[name] / examples for name in ("accuracy", "loss", "confidence")}
+    return {**means, "ece": np.abs(sums["gap"]).sum(axis=-1) / examples}
 
 
-def _test_batches(
+def test_batches(
     test_set: data.Dataset, size: int, prepared: Callable[[np.ndarray], Array]
 ) -> Iterator[Batch]:
     """The test set in batches of equal size; the last is padded with label -1."""
@@ -373,7 +379,7 @@ def _test_batches(
         yield {"image": prepared(batch["image"]), "label": label}
 
 
-def _batch_stats(model: Any, variables: PyTree) -> Callable[[PyTree, Array], PyTree]:
+def reestimation(model: Any, variables: PyTree) -> Callable[[PyTree, Array], PyTree]:
     """How BatchNorm statistics are re-estimated; nothing to do for a model that has none."""
     if "batch_stats" not in variables:
         return lambda variables, images: variables

@@ -33,9 +33,12 @@ MAY_IMPORT = {
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
     "experts": FOUNDATION
     | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
+    "barrier": FOUNDATION
+    | {"align", "augment", "data", "experiment", "models"}
+    | {"checkpoint", "figures", "report", "train"},
     "bench": FOUNDATION | {"align", "augment", "merge", "models"},
     "cli": FOUNDATION
-    | {"agents", "augment", "merge", "train", "experts", "report", "checkpoint"}
+    | {"agents", "augment", "merge", "train", "experts", "barrier", "report", "checkpoint"}
     | {"figures", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
@@ -49,7 +52,7 @@ ONLY_IN = {
     "orbax": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "matplotlib": {"figures", "gallery", "landscape", "report"},
-    "ml_collections": {"experiment", "experts", "train", "cli"},
+    "ml_collections": {"experiment", "experts", "barrier", "train", "cli"},
 }
 
 

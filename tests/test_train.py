@@ -289,8 +289,8 @@ def test_calibration_error_is_that_of_its_definition():
         {"image": jnp.array(logits[:25]), "label": jnp.array(labels[:25])},
         {"image": jnp.array(padded), "label": jnp.array([*labels[25:], *[-1] * 10])},
     ]
-    sums = [experiment._evaluate(network, {}, batch) for batch in batches]
-    scores = experiment._scores({k: np.array(sum(s[k] for s in sums))[None] for k in sums[0]})
+    sums = [experiment.tally(network, {}, batch) for batch in batches]
+    scores = experiment.scores({k: np.array(sum(s[k] for s in sums))[None] for k in sums[0]})
     assert scores["ece"] == pytest.approx(expected, rel=1e-5)
     assert 0.05 < expected < 0.5
     assert scores["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mixlab import augment, data, models, spec, trees
 from mixlab.checkpoint import Checkpoints
 from mixlab.data import Dataset
-from mixlab.experiment import OPTIMIZERS
+from mixlab.experiment import OPTIMIZERS, datasets
 from mixlab.experts.tasks import parse_task
 from mixlab.types import Array, Key, PyTree
 
@@ -86,16 +86,7 @@ def prepare(config: ConfigDict, seed: int) -> Setting:
     Raises:
         ValueError: a field cannot be used.
     """
-    train_set, test_set = (
-        data.load(
-            config.data,
-            split,
-            data_dir=config.data_dir,
-            download=config.download,
-            image_size=config.image_size,
-        )
-        for split in (config.train_split, config.test_split)
-    )
+    train_set, test_set = datasets(config)
     if not (train_set.in_memory and test_set.in_memory):
         raise ValueError(
             f"{config.data} does not fit in memory; take less, e.g. train_split='train[:10%]'"
