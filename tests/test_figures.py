@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 
 from mixlab import figures
 from mixlab.align import Barrier
-from mixlab.align.layout import Atom, Fixed, Prod, Sum
+from mixlab.align.inference.layout import Atom, Fixed, Prod, Sum
 
 
 def test_barriers_have_a_panel_a_metric_and_their_heights_in_the_legend(tmp_path):

@@ -1,8 +1,6 @@
 """Finds the permutation symmetries of a network, and matches the hidden units of two of them."""
 
-from mixlab.align.assignment import assignment
-from mixlab.align.barrier import Barrier, barrier
-from mixlab.align.matching import (
+from mixlab.align.activations import (
     Moments,
     activation_matching,
     activation_statistics,
@@ -17,6 +15,8 @@ from mixlab.align.matching import (
     moments,
     second_moment,
 )
+from mixlab.align.assignment import assignment
+from mixlab.align.barrier import Barrier, barrier
 from mixlab.align.repair import reestimate_batch_stats, repair
 from mixlab.align.sinkhorn import sinkhorn, sinkhorn_matching
 from mixlab.align.straight_through import straight_through

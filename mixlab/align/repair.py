@@ -11,8 +11,8 @@ import numpy as np
 
 from mixlab import trees
 from mixlab.align.assignment import is_concrete
-from mixlab.align.linear import LinearLayer, find_layers, hidden_layers
-from mixlab.align.program import Program, trace
+from mixlab.align.inference.linear import LinearLayer, find_layers, hidden_layers
+from mixlab.align.inference.program import Program, trace
 from mixlab.types import Array, PyTree
 
 

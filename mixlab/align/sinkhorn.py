@@ -11,7 +11,7 @@ import optax
 
 from mixlab import trees
 from mixlab.align.assignment import assignment, is_concrete
-from mixlab.align.layout import Layout
+from mixlab.align.inference.layout import Layout
 from mixlab.align.soft import apply_to_tree, arguments, parameter_names, point_between
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.spec import nearest

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
-from mixlab.align.layout import Atom, Layout, Prod, Sum, atoms, label
+from mixlab.align.inference.layout import Atom, Layout, Prod, Sum, atoms, label
 from mixlab.align.symmetry import Symmetry
 from mixlab.types import Array, PyTree
 

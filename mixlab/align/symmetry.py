@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
-from mixlab.align.inference import (
+from mixlab.align.inference.infer import (
     Inference,
     group_names,
     infer,
@@ -24,7 +24,7 @@ from mixlab.align.inference import (
     match_names,
     shapes,
 )
-from mixlab.align.layout import (
+from mixlab.align.inference.layout import (
     Atom,
     Fixed,
     Layout,
@@ -38,7 +38,7 @@ from mixlab.align.layout import (
     rows,
     take,
 )
-from mixlab.align.program import Program, trace
+from mixlab.align.inference.program import Program, trace
 from mixlab.align.wreath import Member, families
 from mixlab.spec import nearest
 from mixlab.types import Array, Key, PyTree

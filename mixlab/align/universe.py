@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
+from mixlab.align.activations import STATISTICS, activation_statistics, match_moments
 from mixlab.align.assignment import assignment
-from mixlab.align.matching import STATISTICS, activation_statistics, match_moments
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.align.weights import weight_matching
 from mixlab.spec import nearest

@@ -11,7 +11,7 @@ import scipy.optimize
 
 from mixlab import trees
 from mixlab.align.assignment import assignment, is_concrete
-from mixlab.align.layout import atoms, label, paths, take, walk
+from mixlab.align.inference.layout import atoms, label, paths, take, walk
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.align.wreath import match_family
 from mixlab.spec import nearest

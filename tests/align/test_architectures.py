@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from mixlab import align, models
-from mixlab.align import rules
-from mixlab.align.layout import Atom, Fixed
+from mixlab.align.inference import rules
+from mixlab.align.inference.layout import Atom, Fixed
 from tests.align import networks
 
 RNG = np.random.default_rng(0)

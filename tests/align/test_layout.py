@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mixlab.align.layout import (
+from mixlab.align.inference.layout import (
     Atom,
     Fixed,
     Prod,

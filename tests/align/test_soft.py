@@ -9,7 +9,7 @@ import pytest
 
 from mixlab import align, models
 from mixlab.align import soft
-from mixlab.align.layout import Atom, Fixed, Prod, Sum
+from mixlab.align.inference.layout import Atom, Fixed, Prod, Sum
 from tests import golden
 from tests.align.test_matching import signed_variables
 from tests.align.test_symmetry import infer, mlp, mlp_variables, normal

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from mixlab import align, models
-from mixlab.align.layout import Fixed, take
+from mixlab.align.inference.layout import Fixed, take
 from tests.align import networks
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)

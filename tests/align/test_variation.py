@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixlab import align
-from mixlab.align.layout import Fixed, take
+from mixlab.align.inference.layout import Fixed, take
 
 WIDTH, HEADS, DIM, HIDDEN, LAYERS, TOKENS = 6, 2, 3, 5, 3, 4
 

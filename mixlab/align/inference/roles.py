@@ -8,9 +8,20 @@ from typing import Any
 from jax.extend import core
 
 from mixlab import trees
-from mixlab.align.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Term, atoms, concat, prod
-from mixlab.align.program import Op, Program, scan_counts, trace
-from mixlab.align.rules import interpret
+from mixlab.align.inference.layout import (
+    Atom,
+    Fixed,
+    Layout,
+    Prod,
+    Solver,
+    Sum,
+    Term,
+    atoms,
+    concat,
+    prod,
+)
+from mixlab.align.inference.program import Op, Program, scan_counts, trace
+from mixlab.align.inference.rules import interpret
 from mixlab.align.symmetry import Symmetry
 from mixlab.types import PyTree
 

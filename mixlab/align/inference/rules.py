@@ -8,9 +8,20 @@ import bisect
 import itertools
 from collections.abc import Callable, Sequence
 
-from mixlab.align.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Term, Wild, concat, prod
-from mixlab.align.program import Op, Program, scan_counts
-from mixlab.align.slices import Apart, Readers
+from mixlab.align.inference.layout import (
+    Atom,
+    Fixed,
+    Layout,
+    Prod,
+    Solver,
+    Sum,
+    Term,
+    Wild,
+    concat,
+    prod,
+)
+from mixlab.align.inference.program import Op, Program, scan_counts
+from mixlab.align.inference.slices import Apart, Readers
 
 Rule = Callable[[Solver, Op, list[Layout]], list[Layout]]
 _RULES: dict[str, Rule] = {}

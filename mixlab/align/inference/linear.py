@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend import core
 
 from mixlab import trees
-from mixlab.align.program import Op, Program
+from mixlab.align.inference.program import Op, Program
 from mixlab.types import Array
 
 _LINEAR = ("dot_general", "conv_general_dilated")

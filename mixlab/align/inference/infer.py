@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mixlab.align.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Wild, atoms
-from mixlab.align.program import Op, Place, Program, scan_counts, trace
-from mixlab.align.rules import interpret
-from mixlab.align.variation import variations
+from mixlab.align.inference.layout import Atom, Fixed, Layout, Prod, Solver, Sum, Wild, atoms
+from mixlab.align.inference.program import Op, Place, Program, scan_counts, trace
+from mixlab.align.inference.rules import interpret
+from mixlab.align.inference.variation import variations
 from mixlab.trees import named_leaves
 from mixlab.types import PyTree
 

@@ -8,8 +8,8 @@ groups then form a wreath product.
 
 from collections.abc import Iterable, Sequence
 
-from mixlab.align.layout import Atom, Layout, Solver, Term, atoms, companions
-from mixlab.align.program import Op, scan_counts
+from mixlab.align.inference.layout import Atom, Layout, Solver, Term, atoms, companions
+from mixlab.align.inference.program import Op, scan_counts
 
 Name = int | str
 Seen = tuple[Op, list[Layout], list[Layout], frozenset[Name]]

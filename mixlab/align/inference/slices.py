@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixlab.align.layout import Fixed, Layout, Solver, Wild, concat
-from mixlab.align.program import Op, Program
+from mixlab.align.inference.layout import Fixed, Layout, Solver, Wild, concat
+from mixlab.align.inference.program import Op, Program
 
 
 class Readers:
