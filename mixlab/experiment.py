@@ -186,7 +186,7 @@ def prepare(config: ConfigDict) -> Experiment:
         optimizer=spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain),
         symmetry=symmetry,
         batch_stats=reestimation(model, variables),
-        assignment="scipy" if host_callbacks_are_safe(parallel) else "optax",
+        assignment="scipy" if host_callbacks_are_safe(parallel) else "jax",
     )
     # Keys are arguments too, not constants, so that runs with other seeds share the programs.
     shared = {

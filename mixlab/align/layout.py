@@ -204,7 +204,7 @@ def index(
 
     Args:
         term: a solved term.
-        permutations: an integer array [n] for each atom of the term, or [*over, n].
+        permutations: an integer array [n], or [*over, n], by atom; the identity where absent.
         xp: the array module to compute with, `jax.numpy` or `numpy`.
         beside: the labels of the axes beside this one.
 
@@ -214,7 +214,8 @@ def index(
     ones = (1,) * len(beside)
     match term:
         case Atom(size, name, over):
-            p = xp.asarray(permutations[name]).astype(np.int32)
+            given = permutations[name] if name in permutations else np.arange(size)
+            p = xp.asarray(given).astype(np.int32)
             if p.ndim == 1:
                 return p.reshape(*ones, size)
             order = [over.index(other) for other in beside if other in over]
@@ -244,23 +245,46 @@ def index(
 def take(value: Any, layout: Layout, permutations: Mapping[Any, Any], xp: Any = jnp) -> Any:
     """Permutes an array by its layout: along each axis `permuted[j] = original[index[j]]`.
 
-    What a permutation varies over is permuted first, so that it counts in the new order.
+    What a permutation varies over is permuted first, so that it counts in the new order. Axes on
+    which none of `permutations` acts are left alone.
     """
-    shape = np.shape(value)
-    if any(atom.over for term in layout for atom in atoms(term)):
-        layout = tuple(f for t in layout for f in (t.parts if isinstance(t, Prod) else (t,)))
-        value = value.reshape([term.size for term in layout])
-    labels = [label(term) for term in layout]
-    for axis in sorted(range(len(layout)), key=lambda axis: _depth(layout, layout[axis])):
-        if not any(True for _ in atoms(layout[axis])):
+    shape, apart, axes = _axes_in_order(layout)
+    if len(apart) != len(shape):
+        value = value.reshape([term.size for term in apart])
+    for axis, beside, names in axes:
+        if not any(name in permutations for name in names):
             continue
-        beside = [*labels[:axis], *labels[axis + 1 :]]
-        where = index(layout[axis], permutations, xp, beside)
-        if where.size == layout[axis].size:
+        term = apart[axis]
+        if isinstance(term, Atom) and not term.over:
+            value = xp.take(value, permutations[term.name], axis=axis)
+            continue
+        where = index(term, permutations, xp, beside)
+        if where.size == term.size:
             value = xp.take(value, where.reshape(-1), axis=axis)
         else:
             value = xp.take_along_axis(value, xp.moveaxis(where, -1, axis), axis=axis)
     return value.reshape(shape)
+
+
+_Axis = tuple[int, tuple[int | str | None, ...], tuple[int | str, ...]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _axes_in_order(layout: Layout) -> tuple[tuple[int, ...], Layout, tuple[_Axis, ...]]:
+    """The shape; the layout, products apart where permutations vary; the axes to permute.
+
+    Of each axis its number, the labels of the others, and the names of its atoms.
+    """
+    shape, apart = tuple(term.size for term in layout), layout
+    if any(atom.over for term in layout for atom in atoms(term)):
+        apart = tuple(f for t in layout for f in (t.parts if isinstance(t, Prod) else (t,)))
+    labels = tuple(label(term) for term in apart)
+    order = sorted(range(len(apart)), key=lambda axis: _depth(apart, apart[axis]))
+    axes = [
+        (axis, (*labels[:axis], *labels[axis + 1 :]), tuple(a.name for a in atoms(apart[axis])))
+        for axis in order
+    ]
+    return shape, apart, tuple(axis for axis in axes if axis[2])
 
 
 def _depth(layout: Layout, term: Term) -> int:
@@ -279,24 +303,44 @@ def occurrences(value: Any, layout: Layout, name: int | str) -> Iterator[tuple[A
     Products are reshaped apart and sums sliced apart, so that the axis is the atom's alone, and
     what it varies over are axes too.
     """
+    for steps, apart, axis in paths(layout, name):
+        yield walk(value, steps), apart, axis
+
+
+def walk(value: Any, steps: tuple[Any, ...]) -> Any:
+    """Takes the reshapes and slices of `paths`."""
+    for step in steps:
+        if step[0] == "cut":
+            _, axis, start, stop = step
+            value = value[(slice(None),) * axis + (slice(start, stop),)]
+        else:
+            value = value.reshape(step)
+    return value
+
+
+@functools.lru_cache(maxsize=4096)
+def paths(
+    layout: Layout, name: int | str, done: tuple[Any, ...] = ()
+) -> tuple[tuple[tuple[Any, ...], Layout, int], ...]:
+    """The reshapes and slices that lead to each occurrence, its layout then, and its axis."""
     for axis, term in enumerate(layout):
         before, after = layout[:axis], layout[axis + 1 :]
         if isinstance(term, Prod):
             apart = (*before, *term.parts, *after)
-            yield from occurrences(value.reshape([t.size for t in apart]), apart, name)
-            return
+            return paths(apart, name, (*done, tuple(t.size for t in apart)))
         if isinstance(term, Sum) and any(atom.name == name for atom in atoms(term)):
+            found: list[Any] = []
             start = 0
             for part in term.parts:
-                kept = (*before, part, *after)
-                if any(atom.name == name for t in kept for atom in atoms(t)):
-                    piece = value[(slice(None),) * axis + (slice(start, start + part.size),)]
-                    yield from occurrences(piece, kept, name)
+                piece = (*done, ("cut", axis, start, start + part.size))
+                found += paths((*before, part, *after), name, piece)
                 start += part.size
-            return
-    for axis, term in enumerate(layout):
-        if isinstance(term, Atom) and term.name == name:
-            yield value, layout, axis
+            return tuple(found)
+    return tuple(
+        (done, layout, axis)
+        for axis, term in enumerate(layout)
+        if isinstance(term, Atom) and term.name == name
+    )
 
 
 def rows(value: Any, axes: Sequence[int], leading: Sequence[int] = ()) -> Any:

@@ -51,13 +51,17 @@ def sinkhorn(scores: ArrayLike, *, temperature: ArrayLike = 1.0, num_iters: int 
         raise ValueError(f"scores must be square matrices [..., n, n], got shape {scores.shape}")
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"scores must be floating, got {scores.dtype}: convert them first")
+    _check(temperature, num_iters)
+    wide = trees.wide(scores.dtype)
+    logits = scores.astype(wide) / jnp.asarray(temperature, wide)
+    return _balance(logits, num_iters).astype(scores.dtype)
+
+
+def _check(temperature: ArrayLike, num_iters: int) -> None:
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1, got {num_iters}")
     if is_concrete(temperature) and not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    wide = trees.wide(scores.dtype)
-    logits = scores.astype(wide) / jnp.asarray(temperature, wide)
-    return _balance(logits, num_iters).astype(scores.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -136,7 +140,7 @@ def sinkhorn_matching(
     the parameters to the reference's, or a loss at a point between the two models; at the end
     `assignment` rounds the scores. The rounded permutations are what is returned: no refinement
     follows, and nothing guarantees that rounding keeps what was gained. All steps are one compiled
-    program; with the optax backend nothing passes through the host.
+    program, and with a backend other than "scipy" only one flag comes back to the host.
 
     Args:
         symmetry: the groups.
@@ -162,8 +166,8 @@ def sinkhorn_matching(
 
     Raises:
         ValueError: trees that do not match the symmetry or each other, `loss` without batches or
-            batches without it, an unknown `point`, fewer than one step, or an objective that is
-            not finite.
+            batches without it, an unknown `point`, fewer than one step or iteration, a
+            temperature that is not positive, or an objective that is not finite.
 
     Source: Peña et al. (CVPR 2023), "Re-basin via implicit Sinkhorn differentiation".
     """
@@ -171,6 +175,7 @@ def sinkhorn_matching(
         raise ValueError(f"unknown point {point!r}; {nearest(point, POINTS)}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    _check(temperature, num_iters)
     drawn = [arguments(batch) for batch in batches or ()]
     if (loss is None) == bool(drawn):
         raise ValueError("give a loss with at least one batch, or neither: None is the distance")

@@ -1,8 +1,8 @@
 """Weight matching: the units of two models matched by their parameters alone."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,14 @@ import scipy.optimize
 
 from mixlab import trees
 from mixlab.align.assignment import assignment, is_concrete
-from mixlab.align.layout import atoms, label, occurrences, rows, take
+from mixlab.align.layout import atoms, label, paths, take, walk
 from mixlab.align.symmetry import Permutations, Symmetry
-from mixlab.align.wreath import Member, match_family
+from mixlab.align.wreath import match_family
 from mixlab.spec import nearest
 from mixlab.types import Array, Key, PyTree
+
+# Of models with at most so many parameters that count, so many visiting orders are tried.
+_SMALL, _RESTARTS = 20_000, 10
 
 
 def weight_matching(
@@ -26,6 +29,7 @@ def weight_matching(
     key: Key | None = None,
     order: Sequence[Sequence[str]] | None = None,
     init: Mapping[str, Any] | None = None,
+    restarts: int | None = None,
     max_iterations: int = 100,
     leaves: Sequence[str] | None = None,
     backend: str | None = None,
@@ -48,6 +52,9 @@ def weight_matching(
         order: the groups' names in visiting order, one row a sweep, to replay a run; there are
             then at most so many sweeps. A group stands for its family.
         init: the permutations to start from, by default the identity.
+        restarts: how many visiting orders to draw from `key`; the result with the largest inner
+            product is kept. By default 10 for models of at most 20,000 parameters that count, whose
+            runs are short and end far apart, and 1 for others.
         max_iterations: the largest number of sweeps.
         leaves: names of the leaves that count in the inner product; by default those under
             `"params"` if there are any, else all floating leaves.
@@ -59,7 +66,8 @@ def weight_matching(
 
     Raises:
         ValueError: trees that do not match the symmetry or each other, values that are not
-            finite (if they can be looked at), or both `key` and `order`.
+            finite (if they can be looked at), both `key` and `order`, or restarts below 1 or
+            without a key.
         KeyError: `leaves`, `order` or `init` names something unknown.
 
     Source: Ainsworth et al. 2023 ("Git Re-Basin"), section 3.2 and algorithm 1, generalised to
@@ -67,6 +75,8 @@ def weight_matching(
     """
     if key is not None and order is not None:
         raise ValueError("give either key, to draw the visiting order, or order, to replay one")
+    if restarts is not None and (restarts < 1 or key is None):
+        raise ValueError(f"restarts={restarts} must be at least 1, and needs key= to draw orders")
     trees.check_same_structure(reference, other, what="the two models")
     concrete = is_concrete((reference, other, init or {}, key))
     on_host = concrete and backend in (None, "scipy") and jax.default_backend() == "cpu"
@@ -79,18 +89,38 @@ def weight_matching(
                 )
     chosen = _weights(symmetry, reference, leaves), _weights(symmetry, other, leaves)
     problem = _Problem.of(symmetry, tuple(chosen[0]))
+    size = sum(np.size(x) for x in chosen[0].values())
+    runs = restarts or (_RESTARTS if key is not None and size <= _SMALL else 1)
+    keys = None if key is None else jax.random.split(key, runs)
     if on_host:
         ours, theirs = ({name: np.asarray(x) for name, x in tree.items()} for tree in chosen)
         start = {name: np.asarray(p) for name, p in start.items()}
-        sweeps = _sweeps(problem, key, order, max_iterations)
-        found = _descend(problem, ours, theirs, start, sweeps)
-        return {name: jnp.asarray(found[name], jnp.int32) for name in symmetry.groups}
+        sides: dict[int, dict[str, Any]] = {}
+        tried = [
+            _descend(problem, ours, theirs, start, sweeps, sides)
+            for sweeps in _sweeps(problem, keys, order, max_iterations)
+        ]
+        found = tried[0]
+        if runs > 1:
+            found = max(tried, key=functools.partial(_objective, problem, ours, theirs))
+        host = {name: found[name].astype(np.int32) for name in symmetry.groups}
+        return cast(Permutations, jax.device_put(host))
     start = {name: jnp.asarray(p) for name, p in start.items()}
     visits = None
     if order is not None:
         visits = jnp.asarray([[problem.number(name) for name in sweep] for sweep in order])
         max_iterations = min(max_iterations, len(order))
-    return _compiled(problem, *chosen, start, key, visits, max_iterations, backend)
+    return _compiled(problem, *chosen, start, keys, visits, max_iterations, backend)
+
+
+class _Part(NamedTuple):
+    """An occurrence of a group in a leaf: where it is, and its axes in order, `[*loops, S, U]`."""
+
+    leaf: str
+    owner: str
+    steps: tuple[Any, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 class _Problem:
@@ -125,6 +155,18 @@ class _Problem:
                 and all(self._times(leaf, name) <= 1 for leaf in touched for name in family)
             )
 
+        # Those whose scores change when a family moves: itself only where it is not linear.
+        self.neighbours = [
+            {
+                j
+                for j, others in enumerate(self.touched)
+                if set(others) & set(touched) and (j != i or not self.linear[i])
+            }
+            for i, touched in enumerate(self.touched)
+        ]
+
+        self.plans = [self._plan(i) for i in range(len(self.families))]
+
     @classmethod
     def of(cls, symmetry: Symmetry, leaves: tuple[str, ...]) -> "_Problem":
         """The problem of these leaves, made once."""
@@ -141,28 +183,33 @@ class _Problem:
         """The number of the family that a group belongs to."""
         return next(i for i, family in enumerate(self.families) if group in family)
 
-    def scores(self, i: int, ours: Any, current: Any, xp: Any) -> dict[str, Any]:
-        """Inner products of the slices that belong to the units of each member, [*loops, U, U]."""
-        scores: dict[str, Any] = {}
+    def _plan(self, i: int) -> list[_Part]:
+        """How the units of a family are read from each leaf that scores for it."""
+        plan: list[_Part] = []
         for leaf, owner in self.owners[i].items():
-            layout, member = self.layouts[leaf], self.families[i][owner]
-            pairs = zip(
-                occurrences(ours[leaf], layout, owner),
-                occurrences(current[leaf], layout, owner),
-                strict=True,
-            )
-            for (x, apart, axis), (y, _, _) in pairs:
-                a, b = (self._units(v, apart, axis, owner, member) for v in (x, y))
-                found = xp.matmul(xp.swapaxes(a, -1, -2), b)
-                scores[owner] = scores[owner] + found if owner in scores else found
-        return scores
+            loops = len(self.families[i][owner].loops)
+            for steps, apart, axis in paths(self.layouts[leaf], owner):
+                at = {label(term): i for i, term in enumerate(apart)}
+                over = [at[name] for name in self.symmetry.over[owner]]
+                leading, units = over[:loops], [*over[loops:], axis]
+                pooled = [a for a in range(len(apart)) if a not in (*leading, *units)]
+                order = (*leading, *pooled, *units)
+                size = int(np.prod([apart[a].size for a in units]))
+                shape = (*(apart[a].size for a in leading), -1, size)
+                plan.append(_Part(leaf, owner, steps, order, shape))
+        return plan
 
-    def _units(self, value: Any, layout: Any, axis: int, group: str, member: Member) -> Any:
-        at = {label(term): i for i, term in enumerate(layout)}
-        over = [at[name] for name in self.symmetry.over[group]]
-        loops = len(member.loops)
-        apart = rows(value, [*over[loops:], axis], over[:loops])
-        return apart.reshape(*apart.shape[: loops + 1], -1)
+    def sides(self, i: int, tree: Any, xp: Any) -> dict[str, Any]:
+        """The units of each member of a family, its leaves beside each other, [*loops, S, U]."""
+        found: dict[str, list[Any]] = {}
+        for leaf, owner, steps, order, shape in self.plans[i]:
+            units = walk(tree[leaf], steps).transpose(order).reshape(shape)
+            found.setdefault(owner, []).append(units)
+        return {owner: xp.concatenate(parts, axis=-2) for owner, parts in found.items()}
+
+    def scores(self, ours: Any, current: Any, xp: Any) -> dict[str, Any]:
+        """Inner products of the slices that belong to the units of each member, [*loops, U, U]."""
+        return {name: xp.matmul(xp.swapaxes(x, -1, -2), current[name]) for name, x in ours.items()}
 
     def permuted(self, i: int, theirs: Any, permutations: Any, xp: Any) -> dict[str, Any]:
         """The leaves that a family acts on, of the other model, permuted."""
@@ -191,26 +238,42 @@ def _solve(scores: Any) -> Any:
 
 
 def _descend(
-    problem: _Problem, ours: Any, theirs: Any, start: Any, sweeps: Iterator[Sequence[int]]
+    problem: _Problem,
+    ours: Any,
+    theirs: Any,
+    start: Any,
+    sweeps: Iterable[Sequence[int]],
+    sides: dict[int, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Coordinate descent on the host."""
+    """Coordinate descent on the host; `sides` keeps the reference's units from run to run."""
     permutations = dict(start)
     current = {leaf: take(x, problem.layouts[leaf], start, np) for leaf, x in theirs.items()}
 
+    # A family whose neighbours have not moved since its last visit would gain nothing.
+    stale = set(range(len(problem.families)))
+
     def improve(i: int) -> bool:
-        scores = problem.scores(i, ours, current, np)
+        if i not in stale:
+            return False
+        stale.discard(i)
+        if i not in sides:
+            sides[i] = problem.sides(i, ours, np)
+        scores = problem.scores(sides[i], problem.sides(i, current, np), np)
         scores = {name: x.astype(np.float64) for name, x in scores.items()}
         relative, gain = match_family(scores, problem.families[i], _solve, np)
         if gain <= 1e-12:
             return False
-        chosen = problem.moved(i, relative, permutations, np)
-        leaves = problem.permuted(i, theirs, chosen, np)
+        leaves = {
+            leaf: take(current[leaf], problem.layouts[leaf], relative, np)
+            for leaf in problem.touched[i]
+        }
         # Where the score is not linear in the permutation: look before leaping.
         gains = (np.vdot(ours[k], x - current[k]) for k, x in leaves.items())
         if not problem.linear[i] and sum(gains) <= 1e-12:
             return False
-        permutations.update(chosen)
+        permutations.update(problem.moved(i, relative, permutations, np))
         current.update(leaves)
+        stale.update(problem.neighbours[i])
         return True
 
     for sweep in sweeps:
@@ -219,23 +282,37 @@ def _descend(
     return permutations
 
 
+def _objective(problem: _Problem, ours: Any, theirs: Any, permutations: Any) -> float:
+    return sum(
+        float(np.vdot(x, take(theirs[leaf], problem.layouts[leaf], permutations, np)))
+        for leaf, x in ours.items()
+    )
+
+
 def _sweeps(
     problem: _Problem,
-    key: Key | None,
+    keys: Array | None,
     order: Sequence[Sequence[str]] | None,
     max_iterations: int,
-) -> Iterator[Sequence[int]]:
-    for iteration in range(max_iterations if order is None else min(max_iterations, len(order))):
-        if order is not None:
-            yield [problem.number(name) for name in order[iteration]]
-        elif key is not None:
-            yield np.asarray(_visits(key, iteration, len(problem.families))).tolist()
-        else:
-            yield range(len(problem.families))
+) -> list[Iterable[Sequence[int]]]:
+    """For each run its sweeps, the families in visiting order."""
+    count = len(problem.families)
+    if order is not None:
+        return [[[problem.number(name) for name in sweep] for sweep in order[:max_iterations]]]
+    if keys is not None:
+        return np.asarray(_visits(keys, max_iterations, count)).tolist()
+    return [[range(count)] * max_iterations]
 
 
-def _visits(key: Key, iteration: Any, count: int) -> Array:
-    return jax.random.permutation(jax.random.fold_in(key, iteration), count)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _visits(keys: Array, sweeps: int, count: int) -> Array:
+    """The families in the order of each sweep of each run, int [runs, sweeps, count]."""
+
+    def visits(key: Key) -> Array:
+        drawn = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(sweeps))
+        return jax.vmap(lambda one: jax.random.permutation(one, count))(drawn)
+
+    return jax.vmap(visits)(keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
@@ -244,19 +321,23 @@ def _compiled(
     ours: dict[str, Array],
     theirs: dict[str, Array],
     start: Permutations,
-    key: Key | None,
+    keys: Array | None,
     order: Array | None,
     max_iterations: int,
     backend: str | None,
 ) -> Permutations:
     """Coordinate descent as one program: sweeps in a loop, the families as branches of a switch."""
+    if keys is not None:
+        runs = _visits(keys, max_iterations, len(problem.families))
+    else:
+        runs = jnp.arange(len(problem.families))[None, None] if order is None else order[None]
     count = len(problem.families)
     solve = functools.partial(assignment, backend=backend)
 
     def improve(i: int, state: tuple[Permutations, Array]) -> tuple[Permutations, Array]:
         permutations, progress = state
         current = problem.permuted(i, theirs, permutations, jnp)
-        scores = problem.scores(i, ours, current, jnp)
+        scores = problem.scores(problem.sides(i, ours, jnp), problem.sides(i, current, jnp), jnp)
         relative, gain = match_family(scores, problem.families[i], solve, jnp)
         chosen = problem.moved(i, relative, permutations, jnp)
         if not problem.linear[i]:
@@ -268,35 +349,37 @@ def _compiled(
 
     branches = [functools.partial(improve, i) for i in range(count)]
 
-    def sweep(state: tuple[Array, Permutations, Array]) -> tuple[Array, Permutations, Array]:
-        iteration, permutations, _ = state
-        if order is not None:
-            visits = order[iteration]
-        elif key is not None:
-            visits = _visits(key, iteration, count)
-        else:
-            visits = jnp.arange(count)
-        permutations, progress = jax.lax.fori_loop(
-            0,
-            visits.shape[0],
-            lambda step, inner: jax.lax.switch(visits[step], branches, inner),
-            (permutations, jnp.asarray(False)),
-        )
-        return iteration + 1, permutations, progress
+    def run(visits: Array) -> tuple[Permutations, Array]:
+        def sweep(state: tuple[Array, Permutations, Array]) -> tuple[Array, Permutations, Array]:
+            iteration, permutations, _ = state
+            visited = visits[iteration % visits.shape[0]]
+            permutations, progress = jax.lax.fori_loop(
+                0,
+                visits.shape[1],
+                lambda step, inner: jax.lax.switch(visited[step], branches, inner),
+                (permutations, jnp.asarray(False)),
+            )
+            return iteration + 1, permutations, progress
 
-    _, permutations, _ = jax.lax.while_loop(
-        lambda state: (state[0] < max_iterations) & state[2],
-        sweep,
-        (jnp.asarray(0), start, jnp.asarray(count > 0)),
-    )
-    return permutations
+        _, permutations, _ = jax.lax.while_loop(
+            lambda state: (state[0] < max_iterations) & state[2],
+            sweep,
+            (jnp.asarray(0), start, jnp.asarray(count > 0)),
+        )
+        moved = {leaf: take(x, problem.layouts[leaf], permutations) for leaf, x in theirs.items()}
+        objective = sum(jnp.vdot(ours[leaf], x) for leaf, x in moved.items())
+        return permutations, jnp.asarray(objective)
+
+    tried, objectives = jax.lax.map(run, runs)
+    best = jnp.argmax(objectives)
+    return {name: p[best] for name, p in tried.items()}
 
 
 def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None) -> dict[str, Any]:
-    """The leaves that count, in float32 or wider."""
+    """The leaves that count, in float32 or wider; on the host if they are there."""
     named = dict(trees.named_leaves(variables))
     for name, layout in symmetry.layouts.items():
-        shape = tuple(term.size for term in layout)
+        shape = tuple([term.size for term in layout])
         if name not in named or np.shape(named[name]) != shape:
             found = np.shape(named[name]) if name in named else "none"
             raise ValueError(f"the symmetry has leaf {name!r} of shape {shape}, the model {found}")
@@ -307,9 +390,11 @@ def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None
     for name in leaves:
         if name not in symmetry.layouts:
             raise KeyError(f"no leaf {name!r}; {nearest(name, symmetry.layouts)}")
-        if trees.is_inexact(named[name]):
-            value = named[name]
-            if is_concrete(value) and not np.all(np.isfinite(np.asarray(value))):
-                raise ValueError(f"leaf {name!r} contains NaN or infinity")
+        value = named[name]
+        if jnp.issubdtype(value.dtype, jnp.inexact):
+            if jax.default_backend() == "cpu" and is_concrete(value):
+                value = np.asarray(value)
+                if not np.isfinite(value).all():
+                    raise ValueError(f"leaf {name!r} contains NaN or infinity")
             result[name] = value.astype(trees.wide(value.dtype))
     return result

@@ -211,6 +211,8 @@ def test_errors():
         match(loss, reference, other, BATCHES, point="middle")
     with pytest.raises(ValueError, match="steps must be at least 1"):
         match(None, reference, other, steps=0)
+    with pytest.raises(ValueError, match="temperature must be positive, got -1"):
+        match(None, reference, other, temperature=-1)
     with pytest.raises(ValueError, match="give a loss with at least one batch"):
         match(loss, reference, other)
     with pytest.raises(ValueError, match="same structure"):
