@@ -141,6 +141,11 @@ class Symmetry:
         return families(self.over, self.groups, self.loops)
 
     @functools.cached_property
+    def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every leaf of the variables."""
+        return {name: tuple(term.size for term in layout) for name, layout in self.layouts.items()}
+
+    @functools.cached_property
     def problems(self) -> dict[Any, Any]:
         """What weight matching has worked out, by the leaves that count."""
         return {}

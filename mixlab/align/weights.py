@@ -11,7 +11,7 @@ import scipy.optimize
 
 from mixlab import trees
 from mixlab.align.assignment import assignment, is_concrete
-from mixlab.align.inference.layout import atoms, label, paths, take, walk
+from mixlab.align.inference.layout import Prod, Sum, atoms, label, paths, take, walk
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.align.wreath import match_family
 from mixlab.spec import nearest
@@ -166,6 +166,8 @@ class _Problem:
         ]
 
         self.plans = [self._plan(i) for i in range(len(self.families))]
+        # Of families of one group that no product or segment holds: the axes it is on.
+        self.axes = [self._axes(i) for i in range(len(self.families))]
 
     @classmethod
     def of(cls, symmetry: Symmetry, leaves: tuple[str, ...]) -> "_Problem":
@@ -198,6 +200,18 @@ class _Problem:
                 shape = (*(apart[a].size for a in leading), -1, size)
                 plan.append(_Part(leaf, owner, steps, order, shape))
         return plan
+
+    def _axes(self, i: int) -> list[tuple[str, int]] | None:
+        (name, *others), leaves = self.families[i], self.touched[i]
+        terms = [term for leaf in leaves for term in self.layouts[leaf]]
+        if others or self.symmetry.over[name] or any(isinstance(t, Prod | Sum) for t in terms):
+            return None
+        return [
+            (leaf, axis)
+            for leaf in leaves
+            for axis, term in enumerate(self.layouts[leaf])
+            if label(term) == name
+        ]
 
     def sides(self, i: int, tree: Any, xp: Any) -> dict[str, Any]:
         """The units of each member of a family, its leaves beside each other, [*loops, S, U]."""
@@ -247,7 +261,8 @@ def _descend(
 ) -> dict[str, Any]:
     """Coordinate descent on the host; `sides` keeps the reference's units from run to run."""
     permutations = dict(start)
-    current = {leaf: take(x, problem.layouts[leaf], start, np) for leaf, x in theirs.items()}
+    moved = {name: p for name, p in start.items() if np.any(p != np.arange(p.shape[-1]))}
+    current = {leaf: take(x, problem.layouts[leaf], moved, np) for leaf, x in theirs.items()}
 
     # A family whose neighbours have not moved since its last visit would gain nothing.
     stale = set(range(len(problem.families)))
@@ -263,10 +278,15 @@ def _descend(
         relative, gain = match_family(scores, problem.families[i], _solve, np)
         if gain <= 1e-12:
             return False
-        leaves = {
-            leaf: take(current[leaf], problem.layouts[leaf], relative, np)
-            for leaf in problem.touched[i]
-        }
+        axes = problem.axes[i]
+        if axes is None or not problem.linear[i]:
+            leaves = {
+                leaf: take(current[leaf], problem.layouts[leaf], relative, np)
+                for leaf in problem.touched[i]
+            }
+        else:
+            (step,) = relative.values()
+            leaves = {leaf: current[leaf].take(step, axis=axis) for leaf, axis in axes}
         # Where the score is not linear in the permutation: look before leaping.
         gains = (np.vdot(ours[k], x - current[k]) for k, x in leaves.items())
         if not problem.linear[i] and sum(gains) <= 1e-12:
@@ -378,8 +398,7 @@ def _compiled(
 def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None) -> dict[str, Any]:
     """The leaves that count, in float32 or wider; on the host if they are there."""
     named = dict(trees.named_leaves(variables))
-    for name, layout in symmetry.layouts.items():
-        shape = tuple([term.size for term in layout])
+    for name, shape in symmetry.leaf_shapes.items():
         if name not in named or np.shape(named[name]) != shape:
             found = np.shape(named[name]) if name in named else "none"
             raise ValueError(f"the symmetry has leaf {name!r} of shape {shape}, the model {found}")
@@ -396,5 +415,6 @@ def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None
                 value = np.asarray(value)
                 if not np.isfinite(value).all():
                     raise ValueError(f"leaf {name!r} contains NaN or infinity")
-            result[name] = value.astype(trees.wide(value.dtype))
+            wide = trees.wide(value.dtype)
+            result[name] = value if value.dtype == wide else value.astype(wide)
     return result
