@@ -327,6 +327,7 @@ def activation_statistics(
     Raises:
         ValueError: no batches, no pairs, trees that do not match, or a function that does not
             have the symmetry.
+        TypeError: one array in place of batches.
     """
     models = list(models)
     pairs = tuple(itertools.combinations(range(len(models)), 2) if pairs is None else pairs)
@@ -334,6 +335,8 @@ def activation_statistics(
         raise ValueError(f"no pairs to compare among {len(models)} models: give at least two")
     for model in models[1:]:
         trees.check_same_structure(models[0], model, what="the models")
+    if hasattr(batches, "shape"):
+        raise TypeError(f"batches is one array of shape {batches.shape}; give a list: [batch]")
     run = _jitted(symmetry, fn)
     used = sorted({i for pair in pairs for i in pair})
     total: Any = None

@@ -116,6 +116,10 @@ def test_weight_matching_replays_git_rebasin(kind):
             np.testing.assert_array_equal(permuted[name], aligned[name])
         objective = sum(np.vdot(a[name], np.asarray(permuted[name])) for name in a)
         np.testing.assert_allclose(objective, v[f"{case}/objective"], rtol=1e-4)
+        # Other visiting orders end elsewhere, but no lower.
+        drawn = symmetry.permute(align.weight_matching(symmetry, a, b, key=jax.random.key(0)), b)
+        found = sum(np.vdot(a[name], np.asarray(drawn[name])) for name in a)
+        assert found >= objective * (1 - 1e-6)
 
 
 # ---------------------------------------------------------------- DIMAT's merge, in torch layout

@@ -201,6 +201,8 @@ def test_statistics_of_pairs_equal_those_of_the_whole():
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no batches"):
         align.activation_statistics(symmetry, symmetry.fn, [reference, other], [])
+    with pytest.raises(TypeError, match=r"give a list: \[batch\]"):
+        align.activation_statistics(symmetry, symmetry.fn, [reference, other], IMAGES)
     with pytest.raises(ValueError, match="no pairs"):
         align.activation_statistics(symmetry, symmetry.fn, [reference], [IMAGES])
 
@@ -214,3 +216,31 @@ def test_report_counts_dead_units():
     assert (report["units"], report["dead_reference"], report["dead_other"]) == (6, 1, 1)
     assert int(found["g"][0]) == 5
     assert report["correlation"] > max(report["before"], 1 / 6)
+
+
+def test_restarts_keep_the_best_order():
+    reference = mlp_variables((5, 8, 7, 8, 7, 3))
+    symmetry = align.infer_symmetry(mlp, reference, normal(2, 5), check=False)
+    other = jax.tree.map(lambda x: normal(*x.shape, seed=9), reference)
+
+    def objective(p):
+        moved = symmetry.permute(p, other)
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: np.vdot(a, b), reference, moved)))
+
+    def match(seed=0, **options):
+        key = jax.random.key(seed)
+        return align.weight_matching(symmetry, reference, other, key=key, **options)
+
+    singles = [objective(match(seed, restarts=1)) for seed in range(8)]
+    many = objective(match(restarts=8))
+    assert many > max(singles)
+    compiled = jax.jit(
+        lambda other: align.weight_matching(
+            symmetry, reference, other, key=jax.random.key(0), restarts=8
+        )
+    )(other)
+    np.testing.assert_allclose(objective(compiled), many, rtol=1e-5)
+    with pytest.raises(ValueError, match="restarts=0"):
+        match(restarts=0)
+    with pytest.raises(ValueError, match="needs key="):
+        align.weight_matching(symmetry, reference, other, restarts=2)
