@@ -58,6 +58,8 @@ _TOLERANCES = {8: 1e-9, 4: 1e-3, 2: 1e-1}
 class Symmetry:
     """Groups of axes that may be permuted together without changing a function.
 
+    Printed, it is a table of groups and leaves; `mixlab.figures.symmetry` draws it.
+
     Attributes:
         groups: the size of each group, by name.
         layouts: for each leaf of the variables, by name, a term an axis that says which groups

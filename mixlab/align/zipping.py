@@ -22,7 +22,7 @@ import scipy.sparse
 from mixlab import trees
 from mixlab.align.activations import Moments, activation_statistics, correlation
 from mixlab.align.inference.layout import Atom, Prod, Sum, Term, atoms
-from mixlab.align.inference.roles import Reads, reads
+from mixlab.align.roles import Reads, reads
 from mixlab.align.symmetry import Symmetry
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, PyTree
