@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from mixlab import report, spec
 from mixlab.checkpoint import Checkpoints
-from mixlab.experiment import Experiment, prepare
+from mixlab.experiment import Carry, Experiment, prepare
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
 
@@ -113,8 +113,8 @@ def _run(
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)
 
-        def check(carry: PyTree) -> None:
-            _check_finite(parallel.get(carry[0].failed_at), checkpoints.steps())
+        def check(carry: Carry) -> None:
+            _check_finite(parallel.get(carry.state.failed_at), checkpoints.steps())
 
         def save(step: int) -> None:
             check(carry)
@@ -123,13 +123,12 @@ def _run(
                 meta = {"metrics_bytes": metrics.num_bytes, "seconds": clock.seconds}
                 checkpoints.save(step, held, meta)
 
-        def record(step: int, phase: str, carry: PyTree) -> None:
-            state, totals = carry
-            totals = parallel.get(totals)
+        def record(step: int, phase: str, carry: Carry) -> None:
+            totals = parallel.get(carry.totals)
             steps = np.maximum(totals["steps"], 1)
             with clock("evaluate"):
-                tested = experiment.test(state.variables)
-                agreement = experiment.consensus(state.variables)
+                tested = experiment.test(carry.state.variables)
+                agreement = experiment.consensus(carry.state.variables)
             metrics.write(
                 {
                     "step": step,
@@ -143,31 +142,37 @@ def _run(
                     "test_confidence": tested["confidence"].tolist(),
                     "test_ece": tested["ece"].tolist(),
                     **agreement,
-                    "bytes_sent": _bytes_sent(experiment, state, step, pretrain, length, phase),
+                    **experiment.traffic(carry),
                     "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
                 }
             )
 
+        match_seconds = 0.0
         batches = stack.enter_context(closing(experiment.feed.steps(start, total)))
         for step in range(start, total):
             if begins_round(step) and strategy.every in ("round", "step"):
+                number = (step - pretrain) // length
                 with clock("merge"):
-                    merged = jax.block_until_ready(experiment.communicate(carry))
+                    merged = jax.block_until_ready(experiment.communicate(carry, number))
+                if experiment.match is not None:
+                    match_seconds = match_seconds or _timed(experiment.match, carry, number)
+                    clock.move(min(match_seconds, clock.last), "merge", "match")
                 record(step, "merge", merged)
                 if strategy.every == "round":
                     carry = merged
-            with clock("train"):
-                carry = experiment.step(carry, next(batches), step, step < pretrain)
+            with clock("local"):
+                carry = experiment.step(carry, next(batches), step)
             if line.due(step + 1):
-                totals = parallel.get(carry[1])
+                totals = parallel.get(carry.totals)
                 check(carry)
-                line.show(step + 1, float(np.mean(totals["accuracy"] / totals["steps"])))
+                steps = np.maximum(totals["steps"], 1)
+                line.show(step + 1, float(np.mean(totals["accuracy"] / steps)))
             if ends_phase(step + 1):
-                with clock("train"):
+                with clock("local"):
                     jax.block_until_ready(carry)
                 check(carry)
                 record(step + 1, "local", carry)
-                carry = (carry[0], jax.tree.map(jnp.zeros_like, carry[1]))
+                carry = carry._replace(totals=jax.tree.map(jnp.zeros_like, carry.totals))
             if is_checkpoint(step + 1) or terminated():
                 save(step + 1)
             if terminated():
@@ -177,15 +182,12 @@ def _run(
         line.done(_last_words(folder / "metrics.jsonl"))
 
 
-def _bytes_sent(
-    experiment: Experiment, state: Any, step: int, pretrain: int, length: int, phase: str
-) -> list[float]:
-    """Bytes that each agent has sent by now, from the sizes of what it sends."""
-    strategy = experiment.strategy
-    steps = step if strategy.every == "always" else max(0, step - pretrain)
-    merges = max(0, -(-(step - pretrain) // length)) + (phase == "merge")
-    sent = steps * strategy.sent_per_step(state)
-    return (sent + merges * strategy.sent_per_round(state)).tolist()
+def _timed(fn: Callable[..., PyTree], *args: Any) -> float:
+    """Seconds that a compiled program takes, the first call left out."""
+    jax.block_until_ready(fn(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*args))
+    return time.perf_counter() - start
 
 
 class _Clock:
@@ -193,15 +195,23 @@ class _Clock:
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds = dict(seconds)
+        self.last = 0.0
         self._seen: set[str] = set()
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        elapsed = time.perf_counter() - start
         name = kind if kind in self._seen else "compile"
+        self.last = elapsed if kind in self._seen else 0.0
         self._seen.add(kind)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+    def move(self, seconds: float, kind: str, part: str) -> None:
+        """Books some of the seconds of one kind of work under a part of it."""
+        self.seconds[kind] = self.seconds.get(kind, 0.0) - seconds
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
 
 def _check_finite(failed_at: np.ndarray, saved: list[int]) -> None:
