@@ -252,19 +252,21 @@ def prepare(config: ConfigDict) -> Experiment:
         if not faults:
             return agents.Network(axis, mixing, topology.adjacency, key, time)
         fault = faults.sample(shared["fault_key"], shared["round"])
-        lost = faults.sample(key, time).lost  # drawn at every communication
+        # What mixes in every step loses other messages in each.
+        lost = fault.lost if kind == "round" else faults.sample(key, time).lost
         settle = (
             agents.faults.renormalise_columns
             if strategy.rule == "push"
             else agents.faults.renormalise
         )
+        awake = fault.awake | alone
         return agents.Network(
             axis,
-            settle(mixing, fault.awake | alone, lost),
+            settle(mixing, awake, lost),
             topology.adjacency,
             key,
             time,
-            awake=fault.awake | alone,
+            awake=awake if faults.any_absent else None,
             late=fault.late & ~alone if faults.any_late else None,
             byzantine=fault.byzantine & ~alone,
             attack=faults.attack,
@@ -450,7 +452,7 @@ def prepare(config: ConfigDict) -> Experiment:
     about = {
         "topology": str(topology),
         "weights": np.asarray(topology.weights).tolist(),
-        "faults": faults.describe(fault_key, config.rounds) if faults else "",
+        "faults": (faults.describe(fault_key, config.rounds, topology.adjacency) if faults else ""),
         "byzantine": np.flatnonzero(faults.sample(fault_key, 0).byzantine).tolist(),
         "partition": agents.partition.counts(parts, train_set.labels, num_classes).tolist(),
         "class_names": list(train_set.class_names),
