@@ -61,6 +61,7 @@ def default_config() -> ConfigDict:
     config.keep_checkpoints = 2
     # Field -> tuple of values; every combination is run. The report averages over seeds.
     config.sweep = ConfigDict()
+    config.sweep_skip = ()  # dicts of field -> value or values: combinations that are left out
     return config
 
 

@@ -55,22 +55,45 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
         checkpoint.CheckpointError: saving failed, e.g. because the disk is full.
     """
     workdir = Path(workdir).absolute()
-    variants = _variants(config)
-    _claim(workdir, config)
-    with _termination() as terminated:
-        for number, (name, variant) in enumerate(variants.items(), 1):
-            title = f"[{number}/{len(variants)}] {name}"
-            folder = workdir / "runs" / name
-            experiment = prepare(variant)
-            folder.mkdir(parents=True, exist_ok=True)
-            if number == 1:
-                several = f"{experiment.topology}\n" if variant.agents > 1 else ""
-                print(f"{several}{experiment.parallel}\nin {workdir}", flush=True)
-            setup = {"number": number, "config": variant.to_dict(), **experiment.about}
-            _write_json(folder / "setup.json", setup)
-            np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
-            _run(variant, experiment, folder, title, terminated)
+    runs = variants(config)
+    claim(workdir, config)
+    with termination() as terminated:
+        for name in runs:
+            run_variant(runs, name, workdir, terminated)
     return report.write(workdir)
+
+
+def run_variant(
+    runs: dict[str, ConfigDict], name: str, workdir: Path, terminated: Callable[[], bool]
+) -> None:
+    """Runs one of the `variants` in `workdir`, or goes on with it; see `train`.
+
+    What ends it before its time is told in `failed.json`, beside its records.
+
+    Args:
+        runs: all of them; the number of this one among them orders the report.
+        name: which.
+        workdir: claimed before.
+        terminated: whether to save and stop.
+    """
+    number, variant = list(runs).index(name) + 1, runs[name]
+    folder = workdir / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "failed.json").unlink(missing_ok=True)
+    try:
+        experiment = prepare(variant)
+        if number == 1:
+            several = f"{experiment.topology}\n" if variant.agents > 1 else ""
+            print(f"{several}{experiment.parallel}\nin {workdir}", flush=True)
+        setup = {"number": number, "config": variant.to_dict(), **experiment.about}
+        write_json(folder / "setup.json", setup)
+        np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
+        _run(variant, experiment, folder, f"[{number}/{len(runs)}] {name}", terminated)
+    except Stopped:
+        raise
+    except Exception as error:
+        write_json(folder / "failed.json", {"reason": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def _run(
@@ -227,25 +250,46 @@ def _check_finite(failed_at: np.ndarray, saved: list[int]) -> None:
     )
 
 
-def _variants(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Every combination of the sweep's values, by a name made of the values."""
+def variants(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Every combination of the sweep's values, by a name made of the values.
+
+    Those that `sweep_skip` describes are left out: it lists dicts of field -> value or tuple of
+    values, and a combination is left out if it agrees with all fields of one of them.
+
+    Raises:
+        ValueError: a swept field is unknown or has no values, `sweep_skip` names a field that is
+            not swept or leaves nothing, or two runs would have the same name.
+    """
     sweep = {field: tuple(values) for field, values in config.sweep.items()}
     for field, values in sweep.items():
         if field not in config or field == "sweep":
             raise ValueError(f"sweep.{field} is not a field; {spec.nearest(field, config)}")
         if not values:
             raise ValueError(f"sweep.{field} has no values")
-    variants = {}
+    skips = [dict(skip) for skip in config.sweep_skip]
+    for field in {field for skip in skips for field in skip} - set(sweep):
+        raise ValueError(f"sweep_skip names {field!r}, which is not swept; swept: {list(sweep)}")
+    found: dict[str, ConfigDict] = {}
     for combination in itertools.product(*sweep.values()):
+        values = dict(zip(sweep, combination, strict=True))
+        if any(all(_agrees(values[k], wanted) for k, wanted in skip.items()) for skip in skips):
+            continue
         variant = config.copy_and_resolve_references()
         variant.sweep = ConfigDict()
-        for field, value in zip(sweep, combination, strict=True):
+        variant.sweep_skip = ()
+        for field, value in values.items():
             variant[field] = value
         name = "-".join(_slug(value) for value in combination) or _slug(config.strategy)
-        if name in variants:
+        if name in found:
             raise ValueError(f"two runs of the sweep would both be called {name!r}")
-        variants[name] = variant
-    return variants
+        found[name] = variant
+    if not found:
+        raise ValueError("sweep_skip leaves no run")
+    return found
+
+
+def _agrees(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, list | tuple) else value == wanted
 
 
 def _slug(value: Any) -> str:
@@ -253,7 +297,7 @@ def _slug(value: Any) -> str:
     return "_".join("".join(kept).split())
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
+def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the config into the folder, or checks that it is the one that ran there.
 
     A config that could not be run has left nothing, so the mended one may take its place.
@@ -264,7 +308,9 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     saved = (workdir / "runs").glob("*/checkpoints/step_*")
     if not path.exists() or not (any(m.stat().st_size for m in metrics) or any(saved)):
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, mine)
+        for failure in (workdir / "runs").glob("*/failed.json"):
+            failure.unlink()
+        write_json(path, mine)
         return
     other = json.loads(path.read_text())
     fields = sorted(k for k in {*mine, *other} if mine.get(k, "absent") != other.get(k, "absent"))
@@ -279,7 +325,7 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Writes whole or not at all, whenever the process is killed."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1))
@@ -287,7 +333,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def _termination() -> Iterator[Callable[[], bool]]:
+def termination() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether SIGTERM has arrived."""
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():

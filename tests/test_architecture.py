@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "landscape": FOUNDATION | {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
+    "sweep": {"agents", "progress", "report", "train"},
     "experts": FOUNDATION
     | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
     "barrier": FOUNDATION
@@ -38,8 +39,8 @@ MAY_IMPORT = {
     | {"checkpoint", "figures", "report", "train"},
     "bench": FOUNDATION | {"align", "augment", "merge", "models"},
     "cli": FOUNDATION
-    | {"agents", "augment", "merge", "train", "experts", "barrier", "report", "checkpoint"}
-    | {"figures", "gallery", "bench"},
+    | {"agents", "augment", "merge", "train", "sweep", "experts", "barrier", "report"}
+    | {"checkpoint", "figures", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
@@ -52,7 +53,7 @@ ONLY_IN = {
     "orbax": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "matplotlib": {"figures", "gallery", "landscape", "report"},
-    "ml_collections": {"experiment", "experts", "barrier", "train", "cli"},
+    "ml_collections": {"experiment", "experts", "barrier", "train", "sweep", "cli"},
 }
 
 
