@@ -155,7 +155,7 @@ class Experiment(NamedTuple):
 
     parallel: agents.Parallel
     strategy: agents.Strategy
-    topology: Any
+    topology: agents.Topology
     feed: data.Feed
     init: Callable[[], Carry]
     step: Callable[[Carry, PyTree, int], Carry]
@@ -227,7 +227,7 @@ def prepare(config: ConfigDict) -> Experiment:
         assignment="scipy" if host_callbacks_are_safe(parallel) else "jax",
     )
     # Keys are arguments too, not constants, so that runs with other seeds share the programs.
-    weights = topology.mixing_matrices(strategy.rule)
+    weights = topology.mixing_matrix(strategy.rule).reshape(-1, config.agents, config.agents)
     shared = {
         "weights": parallel.replicate(jnp.asarray(weights, jnp.float32)),
         "init_key": parallel.replicate(init_key),

@@ -26,11 +26,12 @@ MAY_IMPORT = {
     "figures": set(),
     "gallery": FOUNDATION | {"augment", "data", "figures"},
     "progress": FOUNDATION,
-    "checkpoint": FOUNDATION,
+    "distributed": {"types"},
+    "checkpoint": FOUNDATION | {"distributed"},
     "report": {"figures"},
     "landscape": FOUNDATION | {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
-    "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
+    "train": FOUNDATION | {"experiment", "checkpoint", "distributed", "progress", "report"},
     "sweep": {"agents", "progress", "report", "train"},
     "experts": FOUNDATION
     | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "bench": FOUNDATION | {"align", "augment", "merge", "models"},
     "cli": FOUNDATION
     | {"agents", "augment", "merge", "train", "sweep", "experts", "barrier", "report"}
-    | {"checkpoint", "figures", "gallery", "bench"},
+    | {"checkpoint", "distributed", "figures", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
