@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "barrier": FOUNDATION
     | {"align", "augment", "data", "experiment", "models"}
     | {"checkpoint", "figures", "report", "train"},
-    "bench": FOUNDATION | {"align", "augment", "merge", "models"},
+    "bench": FOUNDATION | {"agents", "align", "augment", "merge", "models"},
     "cli": FOUNDATION
     | {"agents", "augment", "merge", "train", "sweep", "experts", "barrier", "report"}
     | {"checkpoint", "distributed", "figures", "gallery", "bench"},
