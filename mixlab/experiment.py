@@ -240,7 +240,7 @@ def prepare(config: ConfigDict) -> Experiment:
         own_images, shared["images"] = {}, parallel.replicate(images)
 
     # 4. Programs over the agent axis.
-    messages: dict[str, list[agents.Message]] = {}
+    sent: dict[str, list[agents.Message]] = {}  # filled when the programs are traced
 
     def network(axis: agents.Axis, kind: str, outbox: PyTree, shared: PyTree) -> agents.Network:
         """The network at the communication `shared["time"]`, in `shared["round"]`.
@@ -284,7 +284,9 @@ def prepare(config: ConfigDict) -> Experiment:
                 old.state,
             )
         counts, outbox = net.received()
-        messages[kind] = net.messages
+        if not net.messages:
+            return old._replace(state=new)
+        sent[kind] = net.messages
         before = old.messages.get(kind)
         return old._replace(
             state=new,
@@ -415,16 +417,19 @@ def prepare(config: ConfigDict) -> Experiment:
     def traffic(carry: Carry) -> dict[str, Any]:
         counts = parallel.get(carry.messages)
         total: dict[str, Any] = {"bytes_sent": {}, "bytes_received": {}}
-        for kind, sent in messages.items():
-            for i, message in enumerate(sent):
+        for kind, kinds in sent.items():
+            for i, message in enumerate(kinds):
                 for j, direction in enumerate(("bytes_sent", "bytes_received")):
                     amount = counts[kind][:, i, j] * message.num_bytes
                     sums = total[direction]
                     sums[message.kind] = sums.get(message.kind, 0) + amount
+        total_messages = sum(
+            (c[..., 0].sum(axis=1) for c in counts.values()), np.zeros(config.agents, int)
+        )
         return {
             direction: {name: sums.tolist() for name, sums in total[direction].items()}
             for direction in total
-        } | {"messages": sum(c[..., 0].sum(axis=1) for c in counts.values()).tolist()}
+        } | {"messages": total_messages.tolist()}
 
     def test(variables: PyTree) -> dict[str, np.ndarray]:
         batches = stream() if resident is None else resident

@@ -123,7 +123,10 @@ class Parallel:
     def get_local(self, tree: PyTree) -> PyTree:
         """As `get`, but only the `local_agents`; asks nothing of other processes."""
         # The copy matters: on CPU, NumPy would look at memory that the next step overwrites.
-        return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), jax.device_get(tree))
+        count = len(self.local_devices) * self.per_block
+        return jax.tree.map(
+            lambda x: np.array(x).reshape(count, *x.shape[2:]), jax.device_get(tree)
+        )
 
     def compile(self, program: Program, *, donate: bool = False) -> Callable[[Any, Any, Any], Any]:
         """Compiles a program.
