@@ -85,7 +85,7 @@ def random(scale: float = 200.0) -> Attack:
 def uniform() -> Attack:
     """Sends noise that is uniform in [0, 1).
 
-    Source: Almasi et al. 2024, "Flag Aggregator", section 3 (random gradients), as in their code.
+    Source: Almasi et al. 2024, "Flag Aggregator": the random gradients of the authors' code.
     """
     return Attack("uniform", lambda key, x, _: jax.random.uniform(key, x.shape, x.dtype))
 
@@ -217,7 +217,7 @@ def augmentation_noise(time: float = 0.01) -> DataAttack:
     Raises:
         ValueError: the time is not above 0.
 
-    Source: Almasi et al. 2024, "Flag Aggregator", section 3 (augmented workers); constants and
+    Source: Almasi et al. 2024, "Flag Aggregator", experiments with augmented workers; constants and
     times of 0.001 to 0.01 are those of the authors' code.
     """
     if not time > 0:
@@ -234,7 +234,7 @@ def augmentation_noise(time: float = 0.01) -> DataAttack:
 
 def _carried(height: int, width: int, time: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the flow of Lotka and Volterra carries pixels: row, column and if inside, [H, W]."""
-    middle = np.array([height, width]).reshape(2, 1, 1) / 2
+    middle = np.array([height - 1, width - 1]).reshape(2, 1, 1) / 2
 
     def speed(point: np.ndarray) -> np.ndarray:
         x, y = point
@@ -249,8 +249,8 @@ def _carried(height: int, width: int, time: float) -> tuple[np.ndarray, np.ndarr
             c = speed(point + step / 2 * b)
             d = speed(point + step * c)
             point = point + step / 6 * (a + 2 * b + 2 * c + d)
-        found = np.floor(middle - point)
-        inside = np.all((found >= 0) & (found < 2 * middle), axis=0)
+        found = np.rint(middle - point)
+        inside = np.all((found >= 0) & (found <= 2 * middle), axis=0)
     rows, columns = np.where(inside, found, 0).astype(np.int32)
     return rows, columns, inside
 
