@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mixlab import report, spec
+from mixlab import distributed, report, spec
 from mixlab.checkpoint import Checkpoints
 from mixlab.experiment import Experiment, prepare
 from mixlab.progress import MetricWriter, ProgressLine
@@ -51,26 +51,29 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     Raises:
         ValueError: a field cannot be used, or the folder holds another config.
         Diverged: a loss became NaN or infinite; the last good checkpoint is kept.
-        Stopped: SIGTERM arrived; the state has been saved.
+        Stopped: SIGTERM arrived, in any process; the state has been saved.
+        distributed.FailedElsewhere: process 0 failed.
         checkpoint.CheckpointError: saving failed, e.g. because the disk is full.
     """
     workdir = Path(workdir).absolute()
     variants = _variants(config)
-    _claim(workdir, config)
+    distributed.once(lambda: _claim(workdir, config))
     with _termination() as terminated:
         for number, (name, variant) in enumerate(variants.items(), 1):
             title = f"[{number}/{len(variants)}] {name}"
             folder = workdir / "runs" / name
             experiment = prepare(variant)
-            folder.mkdir(parents=True, exist_ok=True)
             if number == 1:
                 several = f"{experiment.topology}\n" if variant.agents > 1 else ""
                 print(f"{several}{experiment.parallel}\nin {workdir}", flush=True)
             setup = {"number": number, "config": variant.to_dict(), **experiment.about}
-            _write_json(folder / "setup.json", setup)
-            np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
+            if distributed.is_first():
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_json(folder / "setup.json", setup)
+                np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
             _run(variant, experiment, folder, title, terminated)
-    return report.write(workdir)
+    distributed.once(lambda: report.write(workdir))
+    return workdir / "report.md"
 
 
 def _run(
@@ -158,9 +161,10 @@ def _run(
                     carry = merged
             with clock("train"):
                 carry = experiment.step(carry, next(batches), step, step < pretrain)
-            if line.due(step + 1):
-                totals = parallel.get(carry[1])
-                check(carry)
+            if line.due(step + 1):  # other processes find other times due: nothing is exchanged
+                totals = parallel.get_local(carry[1])
+                if jax.process_count() == 1:
+                    check(carry)
                 line.show(step + 1, float(np.mean(totals["accuracy"] / totals["steps"])))
             if ends_phase(step + 1):
                 with clock("train"):
@@ -168,13 +172,14 @@ def _run(
                 check(carry)
                 record(step + 1, "local", carry)
                 carry = (carry[0], jax.tree.map(jnp.zeros_like, carry[1]))
-            if is_checkpoint(step + 1) or terminated():
+            stop = terminated()
+            if is_checkpoint(step + 1) or stop:
                 save(step + 1)
-            if terminated():
+            if stop:
                 checkpoints.wait()
                 raise Stopped(f"{title}: stopped after step {step + 1} of {total}, all saved")
         checkpoints.wait()
-        line.done(_last_words(folder / "metrics.jsonl"))
+        line.done(distributed.once(lambda: _last_words(folder / "metrics.jsonl")) or "done")
 
 
 def _bytes_sent(
@@ -278,8 +283,11 @@ def _write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def _termination() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGTERM has arrived."""
+    """Gives a function that tells whether SIGTERM has arrived, here or in another process."""
     arrived: list[int] = []
+    if jax.process_count() > 1:
+        yield distributed.Termination()
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may set handlers
         return
