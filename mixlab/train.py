@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mixlab import report, spec
+from mixlab import distributed, report, spec
 from mixlab.checkpoint import Checkpoints
 from mixlab.experiment import Carry, Experiment, prepare
 from mixlab.progress import MetricWriter, ProgressLine
@@ -51,16 +51,18 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     Raises:
         ValueError: a field cannot be used, or the folder holds another config.
         Diverged: a loss became NaN or infinite; the last good checkpoint is kept.
-        Stopped: SIGTERM arrived; the state has been saved.
+        Stopped: SIGTERM arrived, in any process; the state has been saved.
+        distributed.FailedElsewhere: process 0 failed.
         checkpoint.CheckpointError: saving failed, e.g. because the disk is full.
     """
     workdir = Path(workdir).absolute()
     runs = variants(config)
-    claim(workdir, config)
+    distributed.once(lambda: claim(workdir, config))
     with termination() as terminated:
         for name in runs:
             run_variant(runs, name, workdir, terminated)
-    return report.write(workdir)
+    distributed.once(lambda: report.write(workdir))
+    return workdir / "report.md"
 
 
 def run_variant(
@@ -78,21 +80,25 @@ def run_variant(
     """
     number, variant = list(runs).index(name) + 1, runs[name]
     folder = workdir / "runs" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failed.json").unlink(missing_ok=True)
+    first = distributed.is_first()
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failed.json").unlink(missing_ok=True)
     try:
         experiment = prepare(variant)
         if number == 1:
             several = f"{experiment.topology}\n" if variant.agents > 1 else ""
             print(f"{several}{experiment.parallel}\nin {workdir}", flush=True)
         setup = {"number": number, "config": variant.to_dict(), **experiment.about}
-        write_json(folder / "setup.json", setup)
-        np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
+        if first:
+            write_json(folder / "setup.json", setup)
+            np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
         _run(variant, experiment, folder, f"[{number}/{len(runs)}] {name}", terminated)
     except Stopped:
         raise
     except Exception as error:
-        write_json(folder / "failed.json", {"reason": f"{type(error).__name__}: {error}"})
+        if first:
+            write_json(folder / "failed.json", {"reason": f"{type(error).__name__}: {error}"})
         raise
 
 
@@ -185,9 +191,10 @@ def _run(
                     carry = merged
             with clock("local"):
                 carry = experiment.step(carry, next(batches), step)
-            if line.due(step + 1):
-                totals = parallel.get(carry.totals)
-                check(carry)
+            if line.due(step + 1):  # other processes find other times due: nothing is exchanged
+                totals = parallel.get_local(carry.totals)
+                if jax.process_count() == 1:
+                    check(carry)
                 steps = np.maximum(totals["steps"], 1)
                 line.show(step + 1, float(np.mean(totals["accuracy"] / steps)))
             if ends_phase(step + 1):
@@ -196,13 +203,14 @@ def _run(
                 check(carry)
                 record(step + 1, "local", carry)
                 carry = carry._replace(totals=jax.tree.map(jnp.zeros_like, carry.totals))
-            if is_checkpoint(step + 1) or terminated():
+            stop = terminated()
+            if is_checkpoint(step + 1) or stop:
                 save(step + 1)
-            if terminated():
+            if stop:
                 checkpoints.wait()
                 raise Stopped(f"{title}: stopped after step {step + 1} of {total}, all saved")
         checkpoints.wait()
-        line.done(_last_words(folder / "metrics.jsonl"))
+        line.done(distributed.once(lambda: _last_words(folder / "metrics.jsonl")) or "done")
 
 
 def _timed(fn: Callable[..., PyTree], *args: Any) -> float:
@@ -334,8 +342,11 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def termination() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGTERM has arrived."""
+    """Gives a function that tells whether SIGTERM has arrived, here or in another process."""
     arrived: list[int] = []
+    if jax.process_count() > 1:
+        yield distributed.Termination()
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may set handlers
         return

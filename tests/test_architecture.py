@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "agents": FOUNDATION | {"merge", "align"},
     "figures": set(),
     "gallery": FOUNDATION | {"augment", "data", "figures"},
-    "progress": FOUNDATION,
+    "progress": FOUNDATION | {"distributed"},
     "distributed": {"types"},
     "checkpoint": FOUNDATION | {"distributed"},
     "report": {"figures"},
