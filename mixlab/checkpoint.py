@@ -98,9 +98,10 @@ class Checkpoints:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
         found = distributed.once(lambda: self._restore(like))
-        step, meta = distributed.share(found and (found[0], found[2])) or (None, None)
-        if step is None:
+        shared = distributed.share(found and (found[0], found[2]))
+        if shared is None:
             return None
+        step, meta = shared
         state = distributed.share_arrays(found[1] if found else like)
         return step, state, meta
 

@@ -1,4 +1,4 @@
-"""The command `mixlab`: `train`, `sweep`, `experts`, `barrier`, `report`, `diff`, `gallery` and `bench`."""
+"""The command `mixlab`: it trains, sweeps, merges, aligns, reports, draws and measures."""
 
 import argparse
 import contextlib

@@ -321,6 +321,7 @@ def prepare(config: ConfigDict) -> Experiment:
             batch = preprocess(key, augmentation(mixing_key, batch))  # as in evaluation
             if faults.data_attack is not None:
                 poisoned = faults.data_attack(jax.random.fold_in(own_key, 1), batch)
+                assert net.byzantine is not None
                 bad = net.byzantine[agent]
                 batch = jax.tree.map(lambda x, y: jnp.where(bad, x, y), poisoned, batch)
             return batch, own_key
@@ -350,7 +351,8 @@ def prepare(config: ConfigDict) -> Experiment:
 
     def match(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> PyTree:
         assert strategy.match is not None
-        return strategy.match(*at_round(axis, carry, held, shared), carry.state)
+        net, here = at_round(axis, carry, held, shared)
+        return strategy.match(net, here, carry.state)
 
     def evaluate(axis: agents.Axis, variables: PyTree, held: PyTree, batch: Batch) -> PyTree:
         return axis.each(lambda own: tally(model, own, batch))(variables)

@@ -279,13 +279,13 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         raise ValueError(f"sweep_skip names {field!r}, which is not swept; swept: {list(sweep)}")
     found: dict[str, ConfigDict] = {}
     for combination in itertools.product(*sweep.values()):
-        values = dict(zip(sweep, combination, strict=True))
-        if any(all(_agrees(values[k], wanted) for k, wanted in skip.items()) for skip in skips):
+        chosen = dict(zip(sweep, combination, strict=True))
+        if any(all(_agrees(chosen[k], wanted) for k, wanted in skip.items()) for skip in skips):
             continue
         variant = config.copy_and_resolve_references()
         variant.sweep = ConfigDict()
         variant.sweep_skip = ()
-        for field, value in values.items():
+        for field, value in chosen.items():
             variant[field] = value
         name = "-".join(_slug(value) for value in combination) or _slug(config.strategy)
         if name in found:

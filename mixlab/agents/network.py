@@ -299,7 +299,7 @@ class Network:
                 tree = jax.tree.map(lambda old, x: jnp.where(_along(late, x), old, x), before, tree)
             self._sent.append((tree, jnp.ones(self.axis.ids.shape, bool)))
         everyone = self.axis.gather(tree)
-        if self.attack is None:
+        if self.attack is None or self.byzantine is None:
             return everyone
         return self.attack(jax.random.fold_in(self.key, number), everyone, self.byzantine)
 
