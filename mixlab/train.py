@@ -250,7 +250,9 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         ValueError: a swept field is unknown or has no values, `sweep_skip` names a field that is
             not swept or leaves nothing, or two runs would have the same name.
     """
-    sweep = {field: tuple(values) for field, values in config.sweep.items()}
+    sweep: dict[str, tuple[Any, ...]] = {
+        field: tuple(values) for field, values in config.sweep.items()
+    }
     for field, values in sweep.items():
         if field not in config or field == "sweep":
             raise ValueError(f"sweep.{field} is not a field; {spec.nearest(field, config)}")
@@ -261,13 +263,13 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         raise ValueError(f"sweep_skip names {field!r}, which is not swept; swept: {list(sweep)}")
     found: dict[str, ConfigDict] = {}
     for combination in itertools.product(*sweep.values()):
-        values = dict(zip(sweep, combination, strict=True))
-        if any(all(_agrees(values[k], wanted) for k, wanted in skip.items()) for skip in skips):
+        chosen = dict(zip(sweep, combination, strict=True))
+        if any(all(_agrees(chosen[k], wanted) for k, wanted in skip.items()) for skip in skips):
             continue
         variant = config.copy_and_resolve_references()
         variant.sweep = ConfigDict()
         variant.sweep_skip = ()
-        for field, value in values.items():
+        for field, value in chosen.items():
             variant[field] = value
         name = "-".join(_slug(value) for value in combination) or _slug(config.strategy)
         if name in found:
