@@ -79,11 +79,13 @@ def _train(arguments: Sequence[str]) -> None:
     config, workdir = _parse("train", arguments)
     agents.force_cpu_devices(config.agents)  # before JAX starts
 
-    from mixlab import report, train
+    from mixlab import distributed, report, train
 
     with _job(workdir):
+        distributed.initialize()
         path = train.train(config, workdir)
-    report.show(path)
+    if distributed.is_first():
+        report.show(path)
 
 
 def _sweep(arguments: Sequence[str]) -> None:
@@ -122,7 +124,7 @@ def _barrier(arguments: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _job(workdir: str) -> Iterator[None]:
     """Runs what trains; says in a line why it ended, if it did not come to its end."""
-    from mixlab import train
+    from mixlab import distributed, train
     from mixlab.checkpoint import CheckpointError
 
     # The runs of a sweep, and a run that is resumed, compile much the same programs.
@@ -136,6 +138,8 @@ def _job(workdir: str) -> Iterator[None]:
     except train.Stopped as stopped:
         print(f"\n{stopped}; run the same command again to go on", flush=True)
         sys.exit(0)
+    except distributed.FailedElsewhere:
+        sys.exit(1)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on from what is saved", 130)
     except (train.Diverged, CheckpointError) as error:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from mixlab import distributed
+
 
 class LiveLine:
     """A line that is rewritten in place on a terminal, and printed now and then elsewhere.
@@ -91,6 +93,8 @@ def duration(seconds: float) -> str:
 class MetricWriter:
     """Appends records to `metrics.jsonl`, and to TensorBoard event files where it is installed.
 
+    With several processes, process 0 alone writes.
+
     Args:
         folder: of the run.
         keep_bytes: the file is cut to this length first; what a killed run wrote after its last
@@ -102,6 +106,10 @@ class MetricWriter:
     """
 
     def __init__(self, folder: Path, keep_bytes: int = 0, step: int = 0):
+        self._file: Any = None
+        self._events: Any = None
+        if not distributed.is_first():
+            return
         path = folder / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         if size < keep_bytes:
@@ -116,6 +124,8 @@ class MetricWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record; it is on disk when this returns."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -129,14 +139,15 @@ class MetricWriter:
 
     @property
     def num_bytes(self) -> int:
-        """The length of the file."""
-        return self._file.tell()
+        """The length of the file, 0 where nothing is written."""
+        return self._file.tell() if self._file is not None else 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -1,0 +1,364 @@
+"""What agents do with each other within one step or one round.
+
+A strategy sees the other agents only through a `Network`: it broadcasts, mixes, merges and
+averages. Here faults act (an agent that is late, a message that is tampered with), and here every
+message is counted, so that no strategy has to know of either.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixlab import trees
+from mixlab.agents.parallel import Axis
+from mixlab.merge import MergeMethod, average
+from mixlab.types import Array, Key, PyTree
+
+# Neighbours are gathered one by one where they are at most this fraction of all agents.
+_SPARSE = 1 / 4
+
+
+class Message(NamedTuple):
+    """A kind of message that a program sends.
+
+    Attributes:
+        kind: "parameters", "statistics" (of BatchNorm), "gradients", "data" or "activations".
+        num_bytes: the size of one, as one agent sends it to one other.
+    """
+
+    kind: str
+    num_bytes: float
+
+
+@dataclasses.dataclass
+class Network:
+    """The agents' network during one step or round; made anew for each.
+
+    Attributes:
+        axis: the agent axis of the program.
+        weights: [A, A], row i the weights of what agent i receives, absences and losses taken
+            into account.
+        adjacency: bool [A, A], static: from whom agent i may ever receive; the diagonal is False.
+        key: the same for all agents, another in every step and round.
+        time: int32, how many steps, or rounds, of communication were made before.
+        awake: bool [A], who takes part; None where all do.
+        late: bool [A], who is late: the others see what it last sent on time. None where nobody
+            can be.
+        byzantine: bool [A], whose messages `attack` replaces.
+        attack: `attack(key, messages, byzantine) -> messages`, leaves [A, ...]; None where all are
+            honest.
+        outbox: what was last sent on time, message by message, leaves [k, ...], each with whether
+            there is any; None before the first message, and where nobody can be late.
+    """
+
+    axis: Axis
+    weights: Array
+    adjacency: np.ndarray
+    key: Key
+    time: Array
+    awake: Array | None = None
+    late: Array | None = None
+    byzantine: Array | None = None
+    attack: Callable[[Key, PyTree, Array], PyTree] | None = None
+    outbox: tuple[PyTree, ...] | None = None
+
+    def __post_init__(self) -> None:
+        # What follows is filled while the program is traced, in the order of sending.
+        self.messages: list[Message] = []
+        self._counts: list[Array] = []
+        self._sent: list[PyTree] = []
+
+    @property
+    def num_agents(self) -> int:
+        """A."""
+        return len(self.adjacency)
+
+    def received(self) -> tuple[Array, tuple[PyTree, ...]]:
+        """What this step or round left: int32 [k, messages, 2] sent and received, the outbox."""
+        none = jnp.zeros((*self.axis.ids.shape, 0, 2), jnp.int32)
+        counts = jnp.stack(self._counts, axis=1) if self._counts else none
+        return counts, tuple(self._sent)
+
+    def broadcast(
+        self, tree: PyTree, kind: str = "parameters", *, num_bytes: float | None = None
+    ) -> PyTree:
+        """Sends what an agent holds to all who weigh it; gives what arrives from everyone.
+
+        Args:
+            tree: leaves [k, ...] of the block.
+            kind: see `Message`.
+            num_bytes: the size of an agent's message; by default that of its floating leaves.
+
+        Returns:
+            Leaves [A, ...]: of an agent that is late what it sent last, of a Byzantine one what
+            it pretends. An agent's own row may be wrong too: use its own value for itself.
+        """
+        heard = (self.weights > 0) & ~jnp.eye(self.num_agents, dtype=bool)
+        out, into = heard.sum(0, dtype=jnp.int32), heard.sum(1, dtype=jnp.int32)
+        self._count(kind, _size(tree) if num_bytes is None else num_bytes, out, into)
+        return self._arriving(tree)
+
+    def mix(
+        self,
+        tree: PyTree,
+        kind: str = "parameters",
+        *,
+        method: MergeMethod | None = None,
+        num_bytes: float | None = None,
+    ) -> PyTree:
+        """Gives agent i the sum over j of `weights[i, j]` times what arrives from agent j.
+
+        Computed in float32 where leaves are narrower; integer leaves stay the agent's own.
+
+        Args:
+            tree: leaves [k, ...] of the block.
+            kind: see `Message`.
+            method: merge the neighbourhood by this instead, see `merge`.
+            num_bytes: see `broadcast`.
+        """
+        everyone = self.broadcast(tree, kind, num_bytes=num_bytes)
+        if method is not None:
+            return self.merge(tree, everyone, method)
+        return self.combine(tree, everyone)
+
+    def combine(self, own: PyTree, everyone: PyTree) -> PyTree:
+        """The weighted sum of one's own, leaves [k, ...], and what arrived, leaves [A, ...]."""
+        slots, valid = neighbour_slots(self.adjacency)
+        sparse = slots.shape[1] <= _SPARSE * self.num_agents
+        ids = self.axis.ids
+        rows = self.weights[ids]
+        mine = rows[jnp.arange(len(ids)), ids]
+        others = jnp.where(ids[:, None] == jnp.arange(self.num_agents), 0, rows)
+
+        def leaf(x: Array, arrived: Array) -> Array:
+            if not trees.is_inexact(x):
+                return x
+            wide = trees.wide(x.dtype)
+            total = _along(mine.astype(wide), x) * x.astype(wide)
+            if sparse:
+                for s in range(1, slots.shape[1]):
+                    j = jnp.asarray(slots)[ids, s]
+                    weight = jnp.where(jnp.asarray(valid)[ids, s], rows[jnp.arange(len(ids)), j], 0)
+                    total += _along(weight.astype(wide), x) * arrived[j].astype(wide)
+            else:
+                total += jnp.tensordot(
+                    others.astype(wide),
+                    arrived.astype(wide),
+                    axes=1,
+                    precision=jax.lax.Precision.HIGHEST,
+                )
+            return total.astype(x.dtype)
+
+        return jax.tree.map(leaf, own, everyone)
+
+    def merge(self, own: PyTree, everyone: PyTree, method: MergeMethod) -> PyTree:
+        """Merges every agent's neighbourhood, itself first, then its neighbours ascending.
+
+        Robust rules need as many models as they were made for: what does not arrive is replaced
+        by the agent's own. Methods that need a base get the agent's own model as such.
+
+        Args:
+            own: leaves [k, ...] of the block.
+            everyone: leaves [A, ...], what arrived.
+            method: any method of `mixlab.merge` that makes one model.
+        """
+        return self.merge_neighbourhood(own, self.neighbourhood(own, everyone), method)
+
+    def partners(self) -> Array:
+        """Int32 [k, slots], the table of `neighbour_slots` of the block's agents."""
+        return jnp.asarray(neighbour_slots(self.adjacency)[0])[self.axis.ids]
+
+    def silent(self) -> Array:
+        """Bool [k, slots]: from whom nothing arrives; never the first slot, which is oneself."""
+        slots, valid = neighbour_slots(self.adjacency)
+        ids = self.axis.ids
+        weights = jnp.take_along_axis(self.weights[ids], jnp.asarray(slots)[ids], axis=1)
+        heard = (weights > 0) & jnp.asarray(valid)[ids]
+        return ~heard.at[:, 0].set(True)
+
+    def neighbourhood(self, own: PyTree, everyone: PyTree) -> PyTree:
+        """Every agent's own model, then what arrived from its neighbours, or else its own again.
+
+        Args:
+            own: leaves [k, ...] of the block.
+            everyone: leaves [A, ...], what arrived.
+
+        Returns:
+            Leaves [k, slots, ...], see `neighbour_slots`.
+        """
+
+        def one(row: Array, silent: Array, mine: PyTree) -> PyTree:
+            own_instead = silent.at[0].set(True)
+            return jax.tree.map(
+                lambda x, all_: jnp.where(_along(own_instead, all_[row]), x[None], all_[row]),
+                mine,
+                everyone,
+            )
+
+        return self.axis.each(one)(self.partners(), self.silent(), own)
+
+    def merge_neighbourhood(
+        self, own: PyTree, models: PyTree, method: MergeMethod | None
+    ) -> PyTree:
+        """Merges what `neighbourhood` gives, as it is or aligned.
+
+        Args:
+            own: leaves [k, ...] of the block; gives integer leaves and the base.
+            models: leaves [k, slots, ...].
+            method: see `merge`; None is the mean weighted by the row of the mixing matrix.
+        """
+        _, valid = neighbour_slots(self.adjacency)
+        sizes = sorted({int(count) for count in valid.sum(axis=1)})
+        which = np.searchsorted(sizes, valid.sum(axis=1))
+
+        def weighted(
+            agent: Array, row: Array, silent: Array, mine: PyTree, models: PyTree
+        ) -> PyTree:
+            weights = jnp.where(silent, 0, self.weights[agent][row])
+            return average(weights=weights)(models, base=mine)
+
+        def merged_by(rule: MergeMethod, agent: Array, mine: PyTree, models: PyTree) -> PyTree:
+            key = jax.random.fold_in(self.key, agent)
+
+            def merged(size: int, models: PyTree) -> PyTree:
+                return rule(jax.tree.map(lambda x: x[:size], models), base=mine, key=key)
+
+            if len(sizes) == 1:
+                return merged(sizes[0], models)
+            branches = [functools.partial(merged, size) for size in sizes]
+            return jax.lax.switch(jnp.asarray(which)[agent], branches, models)
+
+        each, ids = self.axis.each, self.axis.ids
+        if method is None:
+            return each(weighted)(ids, self.partners(), self.silent(), own, models)
+        return each(functools.partial(merged_by, method))(ids, own, models)
+
+    def mean(
+        self,
+        tree: PyTree,
+        kind: str = "gradients",
+        *,
+        method: MergeMethod | None = None,
+    ) -> PyTree:
+        """The mean over all agents that are awake, whatever the graph; the same for everyone.
+
+        Bytes are those of a ring all-reduce, 2 (A - 1) / A times the tree (Patarasuk and Yuan,
+        2009); a `method` needs all the messages, so each agent sends its own to all others.
+
+        Args:
+            tree: leaves [k, ...] of the block.
+            kind: see `Message`.
+            method: merge by this instead of the mean; an absent agent counts as zeros.
+
+        Returns:
+            Leaves [k, ...], every agent's the same.
+        """
+        count, size = self.num_agents, _size(tree)
+        awake = jnp.ones(count, bool) if self.awake is None else self.awake
+        each = awake.astype(jnp.int32)
+        if method is None:
+            self._count(kind, 2 * (count - 1) / count * size, each, each)
+        else:
+            self._count(kind, (count - 1) * size, each, each)
+        everyone = self._arriving(tree)
+
+        def present(x: Array) -> Array:
+            return jnp.where(_along(awake, x), x, jnp.zeros((), x.dtype))
+
+        if method is not None:
+            merged = method(jax.tree.map(present, everyone), key=self.key)
+        else:
+
+            def leaf(x: Array) -> Array:
+                if not trees.is_inexact(x):
+                    return x[0]
+                total = jnp.sum(present(x).astype(trees.wide(x.dtype)), axis=0)
+                return (total / jnp.maximum(jnp.sum(awake), 1).astype(total.dtype)).astype(x.dtype)
+
+            merged = jax.tree.map(leaf, everyone)
+        return self.axis.each(lambda agent: merged)(self.axis.ids)
+
+    def _count(self, kind: str, num_bytes: float, sent: Array, received: Array) -> None:
+        ids = self.axis.ids
+        self.messages.append(Message(kind, float(num_bytes)))
+        self._counts.append(jnp.stack([sent[ids], received[ids]], axis=1))
+
+    def _arriving(self, tree: PyTree) -> PyTree:
+        """What everyone sees of a tree, leaves [k, ...] -> [A, ...]."""
+        number = len(self.messages) - 1
+        if self.late is not None:
+            late = self.late[self.axis.ids]
+            if self.outbox is not None:
+                before, any_before = self.outbox[number]
+                late = late & any_before
+                tree = jax.tree.map(lambda old, x: jnp.where(_along(late, x), old, x), before, tree)
+            self._sent.append((tree, jnp.ones(self.axis.ids.shape, bool)))
+        everyone = self.axis.gather(tree)
+        if self.attack is None:
+            return everyone
+        return self.attack(jax.random.fold_in(self.key, number), everyone, self.byzantine)
+
+
+def mix(matrix: Array | np.ndarray, stacked: PyTree) -> PyTree:
+    """Gives agent i the sum over j of `matrix[i, j]` times the leaves of agent j.
+
+    Args:
+        matrix: [A, A], e.g. `ring(8).mixing_matrix()`; a `Topology` will not do.
+        stacked: leaves [A, ...]. Narrow floats are summed in float32; integer, bool and None
+            leaves stay as they are.
+
+    Returns:
+        As `stacked`, dtypes kept.
+
+    Raises:
+        ValueError: the matrix is not [A, A] for the leaves' A.
+    """
+    size = trees.leading_size(stacked)
+    if matrix.shape != (size, size):
+        raise ValueError(
+            f"the matrix must be [A, A] with A = {size}, the leading axis of the leaves, got "
+            f"{matrix.shape}"
+        )
+
+    def leaf(x: Array) -> Array:
+        if not trees.is_inexact(x):
+            return x
+        wide = trees.wide(x.dtype)
+        weights = jnp.asarray(matrix).astype(wide)
+        mixed = jnp.tensordot(
+            weights, jnp.asarray(x).astype(wide), axes=1, precision=jax.lax.Precision.HIGHEST
+        )
+        return mixed.astype(x.dtype)
+
+    return jax.tree.map(leaf, stacked)
+
+
+def neighbour_slots(adjacency: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The neighbourhoods as a table.
+
+    Returns:
+        `(slots, valid)`, int32 and bool [A, 1 + largest degree]: row i lists agent i, then the
+        agents it receives from, ascending; where there are fewer it repeats i, and `valid` is
+        False.
+    """
+    rows = [[i, *np.flatnonzero(row)] for i, row in enumerate(adjacency)]
+    width = max(map(len, rows))
+    slots = np.array([row + [row[0]] * (width - len(row)) for row in rows], np.int32)
+    valid = np.array([[s < len(row) for s in range(width)] for row in rows])
+    return slots, valid
+
+
+def _size(tree: PyTree) -> float:
+    """Bytes of one agent's floating leaves, of leaves [k, ...]."""
+    floating = [leaf for leaf in jax.tree.leaves(tree) if trees.is_inexact(leaf)]
+    return trees.num_bytes(floating) / trees.leading_size(tree) if floating else 0.0
+
+
+def _along(vector: Array, leaf: Array) -> Array:
+    """A vector [k] shaped to broadcast against a leaf [k, ...]."""
+    return vector.reshape(vector.shape + (1,) * (leaf.ndim - 1))

@@ -1,0 +1,53 @@
+"""How agents communicate.
+
+`core` says what a strategy is; the other modules hold the families of strategies.
+"""
+
+import functools
+from collections.abc import Callable
+
+from mixlab import spec
+from mixlab.agents.strategies.averaging import dimat, gossip, wa
+from mixlab.agents.strategies.basic import data_parallel, none
+from mixlab.agents.strategies.consensus import Consensus, consensus
+from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
+from mixlab.agents.topology import Topology
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "none": none,
+    "data_parallel": data_parallel,
+    "wa": wa,
+    "gossip": gossip,
+    "dimat": dimat,
+}
+
+
+def parse(text: str | Strategy, topology: Topology) -> Strategy:
+    """Builds a strategy from text such as `"dimat(opt_state='permute')"`.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+        TypeError: an argument that the strategy does not take.
+    """
+    if isinstance(text, Strategy):
+        return text
+
+    vocabulary = {name: functools.partial(fn, topology) for name, fn in STRATEGIES.items()}
+    return spec.parse(text, vocabulary)
+
+
+__all__ = [
+    "STRATEGIES",
+    "AgentState",
+    "Consensus",
+    "Gradients",
+    "Problem",
+    "Strategy",
+    "consensus",
+    "data_parallel",
+    "dimat",
+    "gossip",
+    "none",
+    "parse",
+    "wa",
+]
