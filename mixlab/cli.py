@@ -1,4 +1,4 @@
-"""The command `mixlab`: it trains, sweeps, merges, aligns, reports, draws and measures."""
+"""The command `mixlab`; `USAGE` lists what it does."""
 
 import argparse
 import contextlib

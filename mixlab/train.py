@@ -268,7 +268,9 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         ValueError: a swept field is unknown or has no values, `sweep_skip` names a field that is
             not swept or leaves nothing, or two runs would have the same name.
     """
-    sweep = {field: tuple(values) for field, values in config.sweep.items()}
+    sweep: dict[str, tuple[Any, ...]] = {
+        field: tuple(values) for field, values in config.sweep.items()
+    }
     for field, values in sweep.items():
         if field not in config or field == "sweep":
             raise ValueError(f"sweep.{field} is not a field; {spec.nearest(field, config)}")
