@@ -1,17 +1,18 @@
 """Mix agents: decentralized training in which agents train locally and merge with neighbours."""
 
 from mixlab.agents import partition, topology
+from mixlab.agents.network import Network, mix
 from mixlab.agents.parallel import Axis, Parallel, force_cpu_devices, parallel
 from mixlab.agents.strategies import (
     AgentState,
     Consensus,
+    Gradients,
     Problem,
     Strategy,
     consensus,
     data_parallel,
     dimat,
-    dpsgd,
-    mix,
+    gossip,
     none,
     parse,
     wa,
@@ -33,6 +34,8 @@ __all__ = [
     "AgentState",
     "Axis",
     "Consensus",
+    "Gradients",
+    "Network",
     "Parallel",
     "Problem",
     "Strategy",
@@ -42,12 +45,12 @@ __all__ = [
     "data_parallel",
     "dimat",
     "disconnected",
-    "dpsgd",
     "erdos_renyi",
     "exponential",
     "force_cpu_devices",
     "from_edges",
     "from_matrix",
+    "gossip",
     "mix",
     "none",
     "parallel",

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab import merge, trees
+from mixlab import trees
 from mixlab.agents.parallel import Axis
+from mixlab.merge import MergeMethod, average
 from mixlab.types import Array, Key, PyTree
 
 # Neighbours are gathered one by one where they are at most this fraction of all agents.
@@ -131,7 +132,7 @@ class Network:
         tree: PyTree,
         kind: str = "parameters",
         *,
-        method: merge.MergeMethod | None = None,
+        method: MergeMethod | None = None,
         num_bytes: float | None = None,
     ) -> PyTree:
         """Gives agent i the sum over j of `weights[i, j]` times what arrives from agent j.
@@ -179,7 +180,7 @@ class Network:
 
         return jax.tree.map(leaf, own, everyone)
 
-    def merge(self, own: PyTree, everyone: PyTree, method: merge.MergeMethod) -> PyTree:
+    def merge(self, own: PyTree, everyone: PyTree, method: MergeMethod) -> PyTree:
         """Merges every agent's neighbourhood, itself first, then its neighbours ascending.
 
         Robust rules need as many models as they were made for: what does not arrive is replaced
@@ -190,38 +191,83 @@ class Network:
             everyone: leaves [A, ...], what arrived.
             method: any method of `mixlab.merge` that makes one model.
         """
-        slots, valid = neighbour_slots(self.adjacency)
-        sizes = sorted({int(count) for count in valid.sum(axis=1)})
-        which = np.searchsorted(sizes, valid.sum(axis=1))
+        return self.merge_neighbourhood(own, self.neighbourhood(own, everyone), method)
 
-        def one(agent: Array, mine: PyTree) -> PyTree:
-            row = jnp.asarray(slots)[agent]
-            silent = self.weights[agent][row] <= 0
-            models = jax.tree.map(
-                lambda x, all_: jnp.where(
-                    _along(silent.at[0].set(True), all_[row]), x[None], all_[row]
-                ),
+    def partners(self) -> Array:
+        """Int32 [k, slots], the table of `neighbour_slots` of the block's agents."""
+        return jnp.asarray(neighbour_slots(self.adjacency)[0])[self.axis.ids]
+
+    def silent(self) -> Array:
+        """Bool [k, slots]: from whom nothing arrives; never the first slot, which is oneself."""
+        slots, valid = neighbour_slots(self.adjacency)
+        ids = self.axis.ids
+        weights = jnp.take_along_axis(self.weights[ids], jnp.asarray(slots)[ids], axis=1)
+        heard = (weights > 0) & jnp.asarray(valid)[ids]
+        return ~heard.at[:, 0].set(True)
+
+    def neighbourhood(self, own: PyTree, everyone: PyTree) -> PyTree:
+        """Every agent's own model, then what arrived from its neighbours, or else its own again.
+
+        Args:
+            own: leaves [k, ...] of the block.
+            everyone: leaves [A, ...], what arrived.
+
+        Returns:
+            Leaves [k, slots, ...], see `neighbour_slots`.
+        """
+
+        def one(row: Array, silent: Array, mine: PyTree) -> PyTree:
+            own_instead = silent.at[0].set(True)
+            return jax.tree.map(
+                lambda x, all_: jnp.where(_along(own_instead, all_[row]), x[None], all_[row]),
                 mine,
                 everyone,
             )
+
+        return self.axis.each(one)(self.partners(), self.silent(), own)
+
+    def merge_neighbourhood(
+        self, own: PyTree, models: PyTree, method: MergeMethod | None
+    ) -> PyTree:
+        """Merges what `neighbourhood` gives, as it is or aligned.
+
+        Args:
+            own: leaves [k, ...] of the block; gives integer leaves and the base.
+            models: leaves [k, slots, ...].
+            method: see `merge`; None is the mean weighted by the row of the mixing matrix.
+        """
+        _, valid = neighbour_slots(self.adjacency)
+        sizes = sorted({int(count) for count in valid.sum(axis=1)})
+        which = np.searchsorted(sizes, valid.sum(axis=1))
+
+        def weighted(
+            agent: Array, row: Array, silent: Array, mine: PyTree, models: PyTree
+        ) -> PyTree:
+            weights = jnp.where(silent, 0, self.weights[agent][row])
+            return average(weights=weights)(models, base=mine)
+
+        def merged_by(rule: MergeMethod, agent: Array, mine: PyTree, models: PyTree) -> PyTree:
             key = jax.random.fold_in(self.key, agent)
 
             def merged(size: int, models: PyTree) -> PyTree:
-                return method(jax.tree.map(lambda x: x[:size], models), base=mine, key=key)
+                return rule(jax.tree.map(lambda x: x[:size], models), base=mine, key=key)
 
             if len(sizes) == 1:
                 return merged(sizes[0], models)
             branches = [functools.partial(merged, size) for size in sizes]
             return jax.lax.switch(jnp.asarray(which)[agent], branches, models)
 
-        return self.axis.each(one)(self.axis.ids, own)
+        each, ids = self.axis.each, self.axis.ids
+        if method is None:
+            return each(weighted)(ids, self.partners(), self.silent(), own, models)
+        return each(functools.partial(merged_by, method))(ids, own, models)
 
     def mean(
         self,
         tree: PyTree,
         kind: str = "gradients",
         *,
-        method: merge.MergeMethod | None = None,
+        method: MergeMethod | None = None,
     ) -> PyTree:
         """The mean over all agents that are awake, whatever the graph; the same for everyone.
 

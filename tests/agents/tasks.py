@@ -121,6 +121,16 @@ def start(variables, optimizer, num_agents):
     return jax.tree.map(np.asarray, agents.AgentState(variables, opt_state, failed_at))
 
 
+def network(axis, topology, weights=None, **others):
+    """The network of one round on a topology: other fields of `agents.Network` by name.
+
+    `weights` [A, A] may be traced, and are the topology's own by default.
+    """
+    weights = topology.weights if weights is None else weights
+    given = {"key": jax.random.key(7), "time": jnp.int32(0), **others}
+    return agents.Network(axis, jnp.asarray(weights, jnp.float32), topology.adjacency, **given)
+
+
 def over(where, fn, *states, shared=()):
     """`fn(axis, *states, *shared)` on the backend `where`; states and result have leaves [A, ...].
 

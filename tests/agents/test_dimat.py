@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,7 +55,9 @@ def compiled(opt_state="reset", statistic="correlation"):
     where = agents.parallel(4, "vmap")
     strategy = agents.dimat(STAR, opt_state=opt_state, statistic=statistic)
     problem = tasks.mlp_problem(tasks.adam())
-    program = where.compile(lambda axis, s, held, w: strategy.communicate(axis, problem, s, w))
+    program = where.compile(
+        lambda axis, s, held, w: strategy.communicate(tasks.network(axis, STAR, w), problem, s)
+    )
 
     def run(state, weights=STAR.weights):
         return where.get(program(where.put(state), (), where.replicate(np.float32(weights))))
@@ -182,7 +183,7 @@ def test_batch_statistics_are_re_estimated_before_and_after():
     weights = np.float32([[0.75, 0.25], [0.5, 0.5]])
     found = tasks.over(
         2,
-        lambda axis, s, w: strategy.communicate(axis, problem, s, w),
+        lambda axis, s, w: strategy.communicate(tasks.network(axis, agents.ring(2), w), problem, s),
         state,
         shared=[weights],
     )
@@ -278,7 +279,11 @@ def test_alignment_needs_symmetry_and_images(lacking):
     state = tasks.start(tasks.mlps(2), problem.optimizer, 2)
     strategy = agents.dimat(agents.ring(2))
     with pytest.raises(ValueError, match=r"give both in Problem\(symmetry=..., images=...\)"):
-        tasks.over(2, lambda axis, s: strategy.communicate(axis, problem, s, jnp.eye(2)), state)
+        tasks.over(
+            2,
+            lambda axis, s: strategy.communicate(tasks.network(axis, agents.ring(2)), problem, s),
+            state,
+        )
     with pytest.raises(ValueError, match="needs the model's symmetry and images"):
         tasks.over(2, lambda axis, v: agents.consensus(axis, problem, v), state.variables)
 

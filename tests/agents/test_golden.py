@@ -1,6 +1,5 @@
-"""Strategies held against steps and rounds recorded from DIMAT."""
+"""Strategies held against rounds recorded from DIMAT."""
 
-import ast
 import functools
 
 import jax
@@ -13,39 +12,6 @@ from mixlab import agents, align
 from tests import golden
 from tests.agents import tasks
 from tests.align import test_golden as recorded
-
-
-def shaped(flat, shapes):
-    """The recorded tensors of [A, D], by number."""
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    parts = np.split(flat, np.cumsum(sizes)[:-1], axis=1)
-    return {
-        str(i): part.reshape(len(flat), *shape)
-        for i, (part, shape) in enumerate(zip(parts, shapes, strict=True))
-    }
-
-
-@pytest.mark.parametrize("graph", ["fc", "ring", "bipar"])
-def test_dpsgd_with_a_fixed_step_is_cdsgd(graph):
-    v = golden.load("decentral/public_optim")
-    shapes = [ast.literal_eval(str(shape)) for shape in v["shapes"]]
-    topology = agents.from_matrix(v[f"pi_{graph}"])
-    strategy = agents.dpsgd(topology)
-    problem = agents.Problem(optimizer=optax.sgd(float(v["lr"])))
-    state = tasks.start({"params": shaped(v["P0"], shapes)}, problem.optimizer, 5)
-    where = agents.parallel(5)
-    step = where.compile(
-        lambda axis, state, gradients, w: strategy.local_step(
-            axis, problem, state, gradients, None, w
-        )
-    )
-    placed, weights = where.put(state), where.replicate(np.float32(topology.weights))
-    for gradients, expected in zip(v["G"], v[f"{graph}/CDSGD"], strict=True):
-        placed = step(placed, where.put(shaped(gradients, shapes)), weights)
-        found = where.get(placed).variables["params"]
-        flat = np.concatenate([found[k].reshape(5, -1) for k in sorted(found)], 1)
-        np.testing.assert_allclose(flat, expected, rtol=2e-5, atol=1e-6)
-
 
 CASES = ("dimat_mlp_ring5", "dimat_mlp_bipar5", "dimat_resnet_ring5", "dimat_resnet_fc5")
 
@@ -76,9 +42,8 @@ def a_round(case, strategy):
     here = problem(case) if strategy is agents.dimat else agents.Problem(optax.sgd(0.1))
     return tasks.over(
         5,
-        lambda axis, s, w: strategy(topology).communicate(axis, here, s, w),
+        lambda axis, s: strategy(topology).communicate(tasks.network(axis, topology), here, s),
         state,
-        shared=[np.float32(topology.weights)],
     ).variables
 
 

@@ -15,9 +15,7 @@ def none(topology: Topology) -> Strategy:
     return Strategy("none", "never", core.nothing_before, core.local_step, core.stay)
 
 
-def data_parallel(
-    topology: Topology, *, merge: str | merge.MergeMethod | None = None
-) -> Strategy:
+def data_parallel(topology: Topology, *, merge: str | merge.MergeMethod | None = None) -> Strategy:
     """One model, trained on the mean of all agents' gradients; the topology is not used.
 
     All agents start from agent 0's variables and optimizer state and stay equal. BatchNorm
