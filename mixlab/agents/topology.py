@@ -1,12 +1,15 @@
-"""Who averages with whom: graphs of agents and their mixing matrices."""
+"""Who averages with whom: graphs of agents, fixed or changing with time, and mixing matrices."""
 
-import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from mixlab import spec
 
@@ -15,12 +18,16 @@ _TOLERANCE = 1e-6
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Topology:
-    """A graph of A agents with its mixing matrix.
+    """A graph of A agents with its mixing matrix, or T of them that take turns, round by round.
+
+    A graph that does not change is the case of one round, T = 1: `rounds`, `period` and `at` serve
+    both, and what else is said of a topology holds of both as stated.
 
     Attributes:
         name: what was asked for, for tables and figures.
-        weights: float64 [A, A], read-only. Row i holds the weights that agent i gives to what it
-            receives: x_i <- sum_j weights[i, j] x_j. Non-negative, rows sum to one.
+        weights: float64 [A, A], or [T, A, A] where they change with time; read-only. Row i holds
+            the weights that agent i gives to what it receives: x_i <- sum_j weights[i, j] x_j.
+            Non-negative, rows sum to one.
     """
 
     name: str
@@ -28,18 +35,24 @@ class Topology:
 
     def __post_init__(self) -> None:
         w = np.array(self.weights, np.float64)
-        if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.size:
-            raise ValueError(f"{self.name}: weights must be [A, A], got shape {w.shape}")
-        if not np.isfinite(w).all() or w.min() < 0:
-            i, j = np.argwhere(~np.isfinite(w) | (w < 0))[0]
-            raise ValueError(f"{self.name}: weights must be >= 0, got {w[i, j]} at [{i}, {j}]")
-        sums = w.sum(axis=1)
-        wrong = np.flatnonzero(np.abs(sums - 1) > _TOLERANCE)
-        if wrong.size:
-            i = wrong[0]
+        if w.ndim not in (2, 3) or w.shape[-2] != w.shape[-1] or not w.size:
             raise ValueError(
-                f"{self.name}: each row of the weights must sum to 1, row {i} sums to "
-                f"{sums[i]:.6g}: {w[i]}; divide each row by its sum"
+                f"{self.name}: weights must be [A, A], got shape {w.shape}; or [T, A, A] where "
+                f"they change with time"
+            )
+        if not np.isfinite(w).all() or w.min() < 0:
+            where = np.argwhere(~np.isfinite(w) | (w < 0))[0]
+            raise ValueError(
+                f"{self.name}: weights must be >= 0, got {w[tuple(where)]} at {where.tolist()}"
+            )
+        sums = w.sum(axis=-1)
+        wrong = np.argwhere(np.abs(sums - 1) > _TOLERANCE)
+        if wrong.size:
+            *turn, i = wrong[0]
+            of = f" of round {turn[0]}" if turn else ""
+            raise ValueError(
+                f"{self.name}: each row of the weights must sum to 1, row {i}{of} sums to "
+                f"{sums[*turn, i]:.6g}: {w[*turn, i]}; divide each row by its sum"
             )
         w.flags.writeable = False
         object.__setattr__(self, "weights", w)
@@ -47,59 +60,138 @@ class Topology:
     @property
     def num_agents(self) -> int:
         """A."""
-        return len(self.weights)
+        return self.weights.shape[-1]
+
+    @property
+    def rounds(self) -> np.ndarray:
+        """Float64 [T, A, A]: the weights of each round of a period."""
+        return self.weights.reshape(-1, self.num_agents, self.num_agents)
+
+    @property
+    def period(self) -> int:
+        """T, after how many rounds the weights repeat; 1 where they do not change."""
+        return len(self.rounds)
+
+    def at(self, t: int) -> "Topology":
+        """The topology of round t >= 0 alone: number t modulo T of the period."""
+        if self.weights.ndim == 2:
+            return self
+        t %= self.period
+        return Topology(f"{self.name}, round {t}", self.rounds[t])
 
     @functools.cached_property
     def adjacency(self) -> np.ndarray:
-        """Bool [A, A]: whether agent i receives from agent j; the diagonal is False."""
-        return (self.weights > 0) & ~np.eye(self.num_agents, dtype=bool)
+        """Bool [A, A]: whether agent i receives from agent j, in any round; the diagonal False."""
+        return np.any(_edges(self.rounds), axis=0)
 
     @property
     def degree(self) -> np.ndarray:
-        """Int [A]: from how many others each agent receives."""
+        """Int [A]: from how many others each agent receives, over a period."""
         return self.adjacency.sum(axis=1)
 
     def neighbours(self, i: int) -> np.ndarray:
-        """Int: the agents, ascending, that agent i receives from, itself left out."""
+        """Int: the agents, ascending, that agent i receives from over a period, without itself."""
         return np.flatnonzero(self.adjacency[i])
 
     @property
-    def messages(self) -> int:
-        """How many times a round one agent's parameters travel to another."""
-        return int(self.adjacency.sum())
+    def messages(self) -> float:
+        """How many times a round one agent's parameters travel to another, the period's mean."""
+        return _edges(self.rounds).sum() / self.period
+
+    def mixing_matrix(self, rule: str | np.ndarray | None = None) -> np.ndarray:
+        """The weights that a rule gives to this graph.
+
+        Args:
+            rule: None, the topology's own; one of `WEIGHTS`; `"push"`, see `push`; or given
+                weights of the same shape as the topology's own, zero where there is no edge.
+
+        Returns:
+            float64 [A, A], or [T, A, A] where the topology changes with time. Rows sum to one,
+            those of `"push"` need not.
+
+        Raises:
+            ValueError: the rule is unknown or has no weights for this graph, or the given weights
+                are not row-stochastic or use an edge that is not there.
+        """
+        if rule is None:
+            return self.weights
+        if isinstance(rule, str):
+            of = push if rule == "push" else _rule(rule)
+            return np.stack([of(edges) for edges in _edges(self.rounds)]).reshape(
+                self.weights.shape
+            )
+        given = Topology(f"weights for {self.name}", rule).weights
+        if given.shape != self.weights.shape:
+            raise ValueError(
+                f"{self.name}: the given weights must have the shape {self.weights.shape}, got "
+                f"{given.shape}"
+            )
+        extra = np.argwhere(_edges(given) & ~_edges(self.weights))
+        if extra.size:
+            raise ValueError(
+                f"{self.name}: the given weights use an edge that the graph has not, at "
+                f"{extra[0].tolist()}; make a topology of them with from_matrix"
+            )
+        return given
 
     @property
     def symmetric(self) -> bool:
-        """Whether weights[i, j] = weights[j, i]."""
-        return bool(np.allclose(self.weights, self.weights.T, rtol=0, atol=_TOLERANCE))
+        """Whether weights[i, j] = weights[j, i] in each round."""
+        return np.allclose(self.weights, self.weights.swapaxes(-1, -2), rtol=0, atol=_TOLERANCE)
 
     @property
     def doubly_stochastic(self) -> bool:
-        """Whether the columns sum to one too, so that mixing keeps the mean of the agents."""
-        return bool(np.allclose(self.weights.sum(axis=0), 1, rtol=0, atol=_TOLERANCE))
+        """Whether columns sum to one too in each round, so that mixing keeps the agents' mean."""
+        return np.allclose(self.weights.sum(axis=-2), 1, rtol=0, atol=_TOLERANCE)
 
-    @functools.cached_property
-    def diameter(self) -> float:
-        """Rounds until what one agent knows has reached all, at worst; inf if it never does."""
-        return max(_eccentricity(self.adjacency, i) for i in range(self.num_agents))
+    def require_doubly_stochastic(self, who: str) -> None:
+        """Refuses weights under which the mean of the agents would drift.
+
+        Args:
+            who: the strategy that needs it, for the message.
+
+        Raises:
+            ValueError: the weights are not doubly stochastic.
+        """
+        if not self.doubly_stochastic:
+            sums = self.weights.sum(axis=-2)
+            *turn, j = np.unravel_index(np.abs(sums - 1).argmax(), sums.shape)
+            of = f" of round {turn[0]}" if turn else ""
+            raise ValueError(
+                f"{who} needs doubly stochastic weights, or the mean of the agents drifts, but "
+                f"column {j}{of} of {self.name} sums to {sums[*turn, j]:.6g}; choose "
+                f"weights='metropolis', a symmetric graph, or push-sum (sgp)"
+            )
 
     @property
     def connected(self) -> bool:
-        """Whether every agent's parameters reach every other (strongly, where directed)."""
-        return math.isfinite(self.diameter)
+        """Whether every agent's parameters reach every other, the rounds taken together."""
+        graph = sparse.csr_array(self.adjacency)
+        return csgraph.connected_components(graph, connection="strong", return_labels=False) == 1
 
     @functools.cached_property
-    def spectral_gap(self) -> float:
-        """1 - |lambda_2| in [0, 1]: 1 reaches consensus in one round, 0 never.
+    def diameter(self) -> float:
+        """Rounds, from round 0 on, until what one agent knows has reached all, at worst.
 
-        lambda_2 is the eigenvalue of `weights` second largest in magnitude; the distance to
-        consensus shrinks by about |lambda_2| a round (Boyd et al. 2004, "Fastest mixing Markov
-        chain on a graph"). One agent has the gap 1.
+        The diameter of the graph where it does not change; inf if it is not connected.
         """
-        w = self.weights
-        values = np.linalg.eigvalsh(w) if self.symmetric else np.linalg.eigvals(w)
-        magnitudes = np.sort(np.abs(values))
-        return 1.0 if self.num_agents == 1 else float(np.clip(1 - magnitudes[-2], 0, 1))
+        return _flooding_time(_edges(self.rounds)) if self.connected else math.inf
+
+    def spectral_gap(self) -> float:
+        """1 - |lambda_2|^(1/T) in [0, 1]: 1 reaches consensus in one period, 0 never.
+
+        lambda_2 is the eigenvalue second largest in magnitude of the product of a period's
+        weights, W_T ... W_1; the distance to consensus shrinks by about |lambda_2|^(1/T) a round
+        (Boyd et al. 2004, "Fastest mixing Markov chain on a graph", for T = 1). One agent has the
+        gap 1.
+        """
+        # Without the mean the rounds keep all eigenvalues but the 1 of consensus (Wielandt's
+        # deflation), and a product that is nearly zero keeps its digits.
+        product, *later = self.rounds - 1 / self.num_agents
+        for deflated in later:
+            product = deflated @ product
+        radius = _spectral_radius(product) ** (1 / self.period)
+        return float(np.clip(1 - radius, 0, 1))
 
     def __str__(self) -> str:
         low, high = self.degree.min(), self.degree.max()
@@ -110,22 +202,38 @@ class Topology:
         )
         return (
             f"{self.name}: {self.num_agents} agents, "
-            f"degree {low if low == high else f'{low}-{high}'}, diameter {self.diameter:g}, "
-            f"{kind}, spectral gap {self.spectral_gap:.4f}"
+            + (f"period {self.period}, " if self.period > 1 else "")
+            + f"degree {low if low == high else f'{low}-{high}'}, diameter {self.diameter:g}, "
+            f"{self.messages:g} messages a round, {kind}, spectral gap {self.spectral_gap():.4f}"
         )
 
 
-def _eccentricity(adjacency: np.ndarray, start: int) -> float:
-    """The longest of the shortest ways from `start` to any agent, along adjacency[start, .]."""
-    distance = {start: 0}
-    queue = collections.deque([start])
-    while queue:
-        i = queue.popleft()
-        for j in np.flatnonzero(adjacency[i]):
-            if int(j) not in distance:
-                distance[int(j)] = distance[i] + 1
-                queue.append(int(j))
-    return max(distance.values()) if len(distance) == len(adjacency) else math.inf
+def _edges(weights: np.ndarray) -> np.ndarray:
+    """Bool [..., A, A]: where a weight is given to another agent."""
+    return (weights > 0) & ~np.eye(weights.shape[-1], dtype=bool)
+
+
+def _flooding_time(rounds: np.ndarray) -> int:
+    """Rounds until each agent has heard of all, for edges bool [T, A, A] that connect them."""
+    size = rounds.shape[-1]
+    heard = np.packbits(np.eye(size, dtype=bool), axis=1)  # one bit for each agent heard of
+    everyone = np.packbits(np.ones(size, bool))
+    senders = [sparse.csr_array(edges | np.eye(size, dtype=bool)) for edges in rounds]
+    for t in itertools.count():
+        if (heard == everyone).all():
+            return t
+        graph = senders[t % len(senders)]
+        heard = np.bitwise_or.reduceat(heard[graph.indices], graph.indptr[:-1], axis=0)
+    raise AssertionError
+
+
+def _spectral_radius(matrix: np.ndarray) -> float:
+    """The largest magnitude of an eigenvalue of a float64 [A, A]."""
+    # The magnitudes of a normal matrix (symmetric, circulant) are its singular values, which take
+    # a tenth of the time.
+    if np.allclose(matrix @ matrix.T, matrix.T @ matrix, rtol=0, atol=1e-15):
+        return float(np.linalg.norm(matrix, 2))
+    return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
 def metropolis(adjacency: np.ndarray) -> np.ndarray:
@@ -167,7 +275,54 @@ def uniform(adjacency: np.ndarray) -> np.ndarray:
     return closed / closed.sum(axis=1, keepdims=True)
 
 
+def dimat(adjacency: np.ndarray) -> np.ndarray:
+    """The weights in the published files of DIMAT (Saadati et al. 2024), float64 [A, A].
+
+    Complete graph, ring and no edges: `uniform`. Two hubs, see `bipartite`: 1 / (A - 1) rounded
+    down to hundredths for each edge, the rest stays with oneself.
+
+    Args:
+        adjacency: bool [A, A], False on the diagonal.
+
+    Raises:
+        ValueError: it is another graph, or two hubs with so many others that the weights are zero.
+    """
+    n = len(adjacency)
+    if n > 2 and np.array_equal(adjacency, _two_hubs(n)):
+        share = 100 // (n - 1) / 100
+        if share == 0:
+            raise ValueError(f"weights of 'dimat' for two hubs are zero from n=102, got n={n}")
+        w = np.where(adjacency, share, 0.0)
+        return w + np.diag(1 - w.sum(axis=1))
+    degree = adjacency.sum(axis=1)
+    circle = (degree == 2).all() and (adjacency == adjacency.T).all()
+    circle = circle and csgraph.connected_components(adjacency, return_labels=False) == 1
+    if circle or (degree == n - 1).all() or not adjacency.any():
+        return uniform(adjacency)
+    raise ValueError(
+        f"DIMAT has weights for the complete graph, the ring, two hubs (bipartite) and no edges, "
+        f"not for this graph of {n} agents with degrees {degree.min()}-{degree.max()}; choose "
+        f"'metropolis' or 'uniform'"
+    )
+
+
+def push(adjacency: np.ndarray) -> np.ndarray:
+    """What push-sum mixes with: each sender splits evenly over its receivers and itself.
+
+    Columns sum to one, for any directed graph; rows need not, which push-sum divides out (Assran
+    et al. 2019, "Stochastic gradient push for distributed deep learning", section 3).
+
+    Args:
+        adjacency: bool [A, A], row i marks from whom agent i receives, False on the diagonal.
+
+    Returns:
+        float64 [A, A].
+    """
+    return uniform(adjacency.T).T
+
+
 WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "dimat": dimat,
     "metropolis": metropolis,
     "uniform": uniform,
 }
@@ -180,9 +335,25 @@ def _rule(weights: str) -> Callable[[np.ndarray], np.ndarray]:
     return WEIGHTS[weights]
 
 
+def _two_hubs(n: int) -> np.ndarray:
+    """Bool [A, A]: the last two agents with all others."""
+    leaf = np.arange(n) < n - 2
+    return leaf[:, None] != leaf
+
+
 def _check_count(n: int) -> None:
     if n < 1:
         raise ValueError(f"a topology needs at least one agent, got n={n}")
+
+
+def _check_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is a probability in [0, 1], got {p}")
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise ValueError(f"at least one round is needed, got rounds={rounds}")
 
 
 def _check_connected(topology: Topology) -> Topology:
@@ -225,12 +396,14 @@ def from_edges(
         ValueError: an edge names no agent or joins one to itself, or the graph is not connected.
     """
     _check_count(n)
+    pairs = np.array(edges, int).reshape(-1, 2)
+    wrong = pairs[((pairs < 0) | (pairs >= n)).any(axis=1) | (pairs[:, 0] == pairs[:, 1])]
+    if wrong.size:
+        i, j = wrong[0]
+        raise ValueError(f"{name}: edge ({i}, {j}) must join two different agents in [0, {n})")
     adjacency = np.zeros((n, n), bool)
-    for i, j in edges:
-        if not (0 <= i < n and 0 <= j < n) or i == j:
-            raise ValueError(f"{name}: edge ({i}, {j}) must join two different agents in [0, {n})")
-        adjacency[i, j] = adjacency[j, i] = True
-    topology = Topology(name, _rule(weights)(adjacency))
+    adjacency[pairs[:, 0], pairs[:, 1]] = True
+    topology = Topology(name, _rule(weights)(adjacency | adjacency.T))
     return _check_connected(topology) if connected else topology
 
 
@@ -251,6 +424,56 @@ def from_matrix(
         ValueError: the weights are not such a matrix; the message names the row.
     """
     topology = Topology(name, np.asarray(weights, np.float64))
+    return _check_connected(topology) if connected else topology
+
+
+def from_networkx(graph: Any, *, weights: str | None = None, connected: bool = True) -> Topology:
+    """A graph of networkx; its nodes, in its order, are the agents 0, 1, ...
+
+    An edge (u, v) of a directed graph is a message from u to v. Edges with the attribute `weight`
+    give the weights themselves: v gives that of (u, v) to what u sends, and what a row lacks to
+    one stays with oneself.
+
+    Args:
+        graph: a `networkx.Graph` or `DiGraph`; any object with `nodes`, `edges(data=True)` and
+            `is_directed()`.
+        weights: one of `WEIGHTS`, whatever the edges say. By default the edges' own, or, where
+            they have none, `"metropolis"` for an undirected and `"uniform"` for a directed graph.
+        connected: whether a graph that is not connected is an error.
+
+    Raises:
+        ValueError: only some edges have a `weight`, the weights that come in at a node are
+            negative or more than one, or the graph is not connected.
+    """
+    name = f"from_networkx({graph.name})" if getattr(graph, "name", "") else "from_networkx"
+    number = {node: i for i, node in enumerate(graph.nodes)}
+    _check_count(len(number))
+    edges = [(number[u], number[v], data.get("weight")) for u, v, data in graph.edges(data=True)]
+    if not graph.is_directed():
+        edges += [(v, u, weight) for u, v, weight in edges if u != v]
+    weighted = [weight is not None for *_, weight in edges]
+    if weights is None and any(weighted) and not all(weighted):
+        u, v, _ = edges[weighted.index(False)]
+        raise ValueError(
+            f"{name}: some edges have a weight, the one between agents {u} and {v} has none; give "
+            f"it one, or choose weights='metropolis' or 'uniform'"
+        )
+    w = np.zeros((len(number), len(number)))
+    own = weights is None and any(weighted)
+    for u, v, weight in edges:
+        w[v, u] += weight if own else 1
+    if own:
+        rest = 1 - w.sum(axis=1)
+        if rest.min() < -_TOLERANCE:
+            raise ValueError(
+                f"{name}: the weights of the edges into agent {rest.argmin()} sum to "
+                f"{1 - rest.min():.6g}, more than one; scale them, or choose "
+                f"weights='metropolis' or 'uniform'"
+            )
+        w += np.diag(np.where(np.diag(w) > 0, 0, np.maximum(rest, 0)))
+    else:
+        w = _rule(weights or ("uniform" if graph.is_directed() else "metropolis"))(_edges(w))
+    topology = Topology(name, w)
     return _check_connected(topology) if connected else topology
 
 
@@ -314,24 +537,30 @@ def bipartite(n: int, *, weights: str = "metropolis") -> Topology:
 
     Args:
         n: number of agents, at least 3.
-        weights: one of `WEIGHTS`, or `"dimat"`: 1 / (n - 1) rounded down to hundredths for each
-            edge, as in its published files; from n = 102 that would be zero.
+        weights: one of `WEIGHTS`.
 
     Raises:
         ValueError: too few agents, or too many for `"dimat"`.
     """
     if n < 3:
         raise ValueError(f"two hubs and someone else are at least 3 agents, got n={n}")
-    edges = [(i, hub) for i in range(n - 2) for hub in (n - 2, n - 1)]
-    if weights != "dimat":
-        return from_edges(n, edges, weights=weights, name="bipartite")
-    share = 100 // (n - 1) / 100
-    if share == 0:
-        raise ValueError(f"bipartite weights of 'dimat' are zero from n=102, got n={n}")
-    w = np.zeros((n, n))
-    for i, j in edges:
-        w[i, j] = w[j, i] = share
-    return Topology("bipartite(dimat)", w + np.diag(1 - w.sum(axis=1)))
+    name = "bipartite(dimat)" if weights == "dimat" else "bipartite"
+    return from_edges(n, np.argwhere(_two_hubs(n)), weights=weights, name=name)
+
+
+def hypercube(n: int) -> Topology:
+    """The corners of a cube of log2(n) dimensions: agents whose numbers differ in one bit.
+
+    Equal weights 1 / (1 + log2(n)); its gap is 2 / (1 + log2(n)).
+
+    Args:
+        n: number of agents, a power of two.
+    """
+    _check_count(n)
+    if n & (n - 1):
+        raise ValueError(f"a hypercube has a power of two of agents, got n={n}")
+    edges = [(i, i ^ 1 << bit) for i in range(n) for bit in range(n.bit_length() - 1)]
+    return from_edges(n, edges, name="hypercube")
 
 
 def _sides(n: int, rows: int | None) -> tuple[int, int]:
@@ -372,6 +601,15 @@ def torus(n: int, rows: int | None = None) -> Topology:
     return from_edges(n, edges, name=f"torus({height}x{width})")
 
 
+def _until_connected(name: str, draw: Callable[[], np.ndarray], hint: str) -> Topology:
+    """The first of a thousand draws of weights, [A, A] or [T, A, A], that connects the agents."""
+    for count in range(1, 1001):
+        topology = Topology(f"{name[:-1]}, draw {count})" if count > 1 else name, draw())
+        if topology.connected:
+            return topology
+    raise ValueError(f"{name}: none of 1000 draws is connected; {hint}")
+
+
 def erdos_renyi(n: int, p: float, seed: int = 0, *, weights: str = "metropolis") -> Topology:
     """A random graph: each pair is joined with probability p, drawn anew until connected.
 
@@ -387,26 +625,218 @@ def erdos_renyi(n: int, p: float, seed: int = 0, *, weights: str = "metropolis")
         ValueError: p is out of range, or a thousand draws gave no connected graph.
     """
     _check_count(n)
-    if not 0 <= p <= 1:
-        raise ValueError(f"p is a probability in [0, 1], got {p}")
+    _check_probability(p)
     random = np.random.default_rng(seed)
-    for draw in range(1, 1001):
-        edges = np.argwhere(np.triu(random.random((n, n)) < p, 1))
-        name = f"erdos_renyi(p={p:g}, seed={seed}, draw {draw})"
-        topology = from_edges(n, edges, weights=weights, connected=False, name=name)
-        if topology.connected:
-            return topology
-    raise ValueError(
-        f"erdos_renyi: none of 1000 draws with n={n}, p={p} is connected; graphs are mostly "
-        f"connected above p = ln(n)/n = {math.log(n) / n:.2f}"
+    of = _rule(weights)
+
+    def draw() -> np.ndarray:
+        upper = np.triu(random.random((n, n)) < p, 1)
+        return of(upper | upper.T)
+
+    return _until_connected(
+        f"erdos_renyi(p={p:g}, seed={seed})",
+        draw,
+        f"graphs of {n} agents are mostly connected above p = ln(n)/n = {math.log(n) / n:.2f}",
+    )
+
+
+def small_world(
+    n: int, k: int = 4, p: float = 0.1, seed: int = 0, *, weights: str = "metropolis"
+) -> Topology:
+    """A ring of near neighbours with some edges led elsewhere, drawn anew until connected.
+
+    Each agent is joined with the k nearest on a circle, then the far end of each edge is moved to
+    a random agent with probability p (Watts and Strogatz 1998, "Collective dynamics of
+    'small-world' networks").
+
+    Args:
+        n: number of agents.
+        k: neighbours before the rewiring, even, in [2, n).
+        p: in [0, 1].
+        seed: non-negative.
+        weights: one of `WEIGHTS`.
+
+    Raises:
+        ValueError: k or p is out of range, or a thousand draws gave no connected graph.
+    """
+    _check_count(n)
+    _check_probability(p)
+    if k % 2 or not 2 <= k < n:
+        raise ValueError(f"small_world: k must be even and in [2, n={n}), got {k}")
+    random = np.random.default_rng(seed)
+    of = _rule(weights)
+    start = _edges(_circulant(n, [o for hop in range(1, k // 2 + 1) for o in (hop, -hop)]))
+
+    def draw() -> np.ndarray:
+        adjacency = start.copy()
+        for hop in range(1, k // 2 + 1):
+            for i in np.flatnonzero(random.random(n) < p):
+                free = np.flatnonzero(~adjacency[i] & (np.arange(n) != i))
+                if free.size:
+                    j, other = (i + hop) % n, random.choice(free)
+                    adjacency[[i, j], [j, i]] = False
+                    adjacency[[i, other], [other, i]] = True
+        return of(adjacency)
+
+    return _until_connected(
+        f"small_world(k={k}, p={p:g}, seed={seed})", draw, "choose a larger k or a smaller p"
+    )
+
+
+def _regular(n: int, degree: int, random: np.random.Generator) -> np.ndarray:
+    """A random graph in which all have so many neighbours, bool [A, A].
+
+    Open ends are paired at random, over again for those whose pair is no new edge (Steger and
+    Wormald 1999, "Generating random regular graphs quickly"); where many edges are wanted, those
+    that are left out are drawn.
+    """
+    if 2 * degree > n - 1:
+        return ~_regular(n, n - 1 - degree, random) & ~np.eye(n, dtype=bool)
+    while True:
+        adjacency = np.zeros((n, n), bool)
+        ends = np.repeat(np.arange(n), degree)
+        while ends.size:
+            left = np.unique(ends)
+            if (adjacency | np.eye(n, dtype=bool))[np.ix_(left, left)].all():
+                break  # No two open ends can be joined: begin again.
+            ends = random.permutation(ends)
+            kept = []
+            for i, j in ends.reshape(-1, 2).tolist():
+                if i == j or adjacency[i, j]:
+                    kept += [i, j]
+                else:
+                    adjacency[i, j] = adjacency[j, i] = True
+            ends = np.array(kept, int)
+        else:
+            return adjacency
+
+
+def _check_degree(n: int, degree: int) -> None:
+    _check_count(n)
+    if not 0 <= degree < n or n * degree % 2:
+        raise ValueError(
+            f"no graph gives {n} agents {degree} neighbours each: the degree must be in [0, {n}), "
+            f"and even where the number of agents is odd"
+        )
+
+
+def random_regular(n: int, degree: int, seed: int = 0) -> Topology:
+    """A random graph in which all have so many neighbours, drawn anew until connected.
+
+    Equal weights 1 / (1 + degree). From degree 3 on its gap stays away from zero however many
+    agents there are (Friedman 2008, "A proof of Alon's second eigenvalue conjecture").
+
+    Args:
+        n: number of agents.
+        degree: in [0, n); even where n is odd.
+        seed: non-negative.
+
+    Raises:
+        ValueError: there is no such graph, or a thousand draws gave no connected one.
+    """
+    _check_degree(n, degree)
+    random = np.random.default_rng(seed)
+    return _until_connected(
+        f"random_regular(degree={degree}, seed={seed})",
+        lambda: uniform(_regular(n, degree, random)),
+        "choose a degree of at least 3",
+    )
+
+
+def sequence(topologies: Sequence[Topology], *, connected: bool = True) -> Topology:
+    """Topologies that take turns, one a round; after the last comes the first again.
+
+    Args:
+        topologies: at least one, all of the same number of agents. One that changes with time
+            takes a turn of its whole period.
+        connected: whether it is an error that the rounds together do not connect the agents.
+
+    Raises:
+        ValueError: none or topologies of different sizes, or they are not connected.
+    """
+    sizes = {t.num_agents for t in topologies}
+    if len(sizes) != 1:
+        raise ValueError(f"a sequence needs topologies of one size, got sizes {sorted(sizes)}")
+    name = f"sequence({', '.join(t.name for t in topologies)})"
+    topology = Topology(name, np.concatenate([t.rounds for t in topologies]))
+    return _check_connected(topology) if connected else topology
+
+
+def one_peer_exponential(n: int) -> Topology:
+    """One hop of the exponential graph a round: agent i sends to i + 2**t, modulo n.
+
+    The hops 1, 2, 4, ... below n take turns; sender and receiver weigh 1/2. Where n is a power of
+    two a period reaches consensus exactly (Ying et al. 2021, "Exponential graph is provably
+    efficient for decentralized deep training", section 4).
+
+    Args:
+        n: number of agents.
+    """
+    _check_count(n)
+    hops = [2**t for t in range((n - 1).bit_length())] or [0]
+    return Topology("one_peer_exponential", np.stack([_circulant(n, (-hop,)) for hop in hops]))
+
+
+def matchings(n: int, rounds: int = 20, seed: int = 0) -> Topology:
+    """Random pairs that average, new ones each round; of an odd number one agent is left out.
+
+    The rounds are drawn anew until together they connect the agents, and repeat after the last
+    (Boyd et al. 2006, "Randomized gossip algorithms"; SwarmSGD, Nadiradze et al. 2021).
+
+    Args:
+        n: number of agents.
+        rounds: T, at least 1.
+        seed: non-negative.
+
+    Raises:
+        ValueError: too few rounds to connect the agents.
+    """
+    _check_count(n)
+    _check_rounds(rounds)
+    random = np.random.default_rng(seed)
+
+    def draw() -> np.ndarray:
+        adjacency = np.zeros((rounds, n, n), bool)
+        for edges in adjacency:
+            i, j = random.permutation(n)[: n // 2 * 2].reshape(-1, 2).T
+            edges[i, j] = edges[j, i] = True
+        return np.stack([uniform(edges) for edges in adjacency])
+
+    return _until_connected(f"matchings(rounds={rounds}, seed={seed})", draw, "allow more rounds")
+
+
+def peer_sampling(n: int, degree: int, rounds: int = 20, seed: int = 0) -> Topology:
+    """A new random regular graph each round, as in epidemic learning.
+
+    The rounds are drawn anew until together they connect the agents, and repeat after the last
+    (De Vos et al. 2023, "Epidemic learning: boosting decentralized learning with randomized
+    communication", whose oracle draws such graphs).
+
+    Args:
+        n: number of agents.
+        degree: in [0, n); even where n is odd.
+        rounds: T, at least 1.
+        seed: non-negative.
+
+    Raises:
+        ValueError: there is no such graph, or there are too few rounds to connect the agents.
+    """
+    _check_degree(n, degree)
+    _check_rounds(rounds)
+    random = np.random.default_rng(seed)
+    return _until_connected(
+        f"peer_sampling(degree={degree}, rounds={rounds}, seed={seed})",
+        lambda: np.stack([uniform(_regular(n, degree, random)) for _ in range(rounds)]),
+        "choose a larger degree, or more rounds",
     )
 
 
 _VOCABULARY: dict[str, Callable[..., Topology]] = {
     fn.__name__: fn
     for fn in (
-        bipartite, complete, disconnected, erdos_renyi, exponential, from_edges, grid, ring,
-        star, torus,
+        bipartite, complete, disconnected, erdos_renyi, exponential, from_edges, grid, hypercube,
+        matchings, one_peer_exponential, peer_sampling, random_regular, ring, small_world, star,
+        torus,
     )
 }  # fmt: skip
 
@@ -416,7 +846,8 @@ def parse(text: str, num_agents: int) -> Topology:
 
     Args:
         text: a constructor of this module without its `n`: `"ring"`, `"torus(rows=2)"`,
-            `"erdos_renyi(p=0.4, seed=1)"`, `"from_matrix([[0.5, 0.5], [0.5, 0.5]])"`.
+            `"erdos_renyi(p=0.4, seed=1)"`, `"from_matrix([[0.5, 0.5], [0.5, 0.5]])"`,
+            `"sequence([ring, torus(rows=2)])"`.
         num_agents: A.
 
     Raises:
@@ -427,7 +858,7 @@ def parse(text: str, num_agents: int) -> Topology:
     vocabulary: dict[str, Callable[..., Topology]] = {
         name: functools.partial(fn, num_agents) for name, fn in _VOCABULARY.items()
     }
-    topology = spec.parse(text, {**vocabulary, "from_matrix": from_matrix})
+    topology = spec.parse(text, {**vocabulary, "from_matrix": from_matrix, "sequence": sequence})
     if topology.num_agents != num_agents:
         raise ValueError(f"{text!r} is for {topology.num_agents} agents, there are {num_agents}")
     return topology

@@ -20,7 +20,7 @@ def assert_topology(topology, adjacency, weights):
     np.testing.assert_array_equal(topology.adjacency, adjacency.astype(bool))
     np.testing.assert_allclose(topology.weights, weights, atol=1e-12)
     gap = decentral.spectral_gap(weights) if len(weights) > 1 else 1
-    np.testing.assert_allclose(topology.spectral_gap, gap, atol=1e-7)
+    np.testing.assert_allclose(topology.spectral_gap(), gap, atol=1e-7)
     for i, row in enumerate(adjacency):
         np.testing.assert_array_equal(topology.neighbours(i), np.flatnonzero(row))
     assert topology.messages == adjacency.sum()
