@@ -1,8 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, checked, and kept to a number.
 
 The arrays are written by orbax as host arrays with the agents' leading axis, so they can be
-restored on any number of devices. Beside them lies what the run needs to go on (`meta`) and a
-checksum a leaf, which is how a damaged file is told from a good one.
+restored on any number of devices and processes. Beside them lies what the run needs to go on
+(`meta`) and a checksum a leaf, which is how a damaged file is told from a good one.
 """
 
 import shutil
@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.flax import load_file
 
-from mixlab import trees
+from mixlab import distributed, trees
 from mixlab.types import PyTree
 
 
@@ -35,6 +35,9 @@ def _checksums(tree: PyTree) -> dict[str, int]:
 class Checkpoints:
     """The checkpoints of one folder.
 
+    With several processes, all call each method alike; process 0 alone reads and writes. What goes
+    wrong there is raised there, and as `distributed.FailedElsewhere` in the others.
+
     Args:
         folder: made if it is missing.
         keep: how many of the newest are kept, at least 2, so that one good one is left when the
@@ -45,19 +48,18 @@ class Checkpoints:
         if keep < 2:
             raise ValueError(f"keep={keep}: at least 2 checkpoints must be kept, see Checkpoints")
         self.folder = Path(folder).absolute()  # orbax refuses relative paths
-        self.folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix="step")
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager: Any = distributed.once(lambda: self._open(keep))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps for which a finished checkpoint exists, in ascending order."""
-        return sorted(self._manager.all_steps())
+        """The steps for which a finished checkpoint exists, ascending; only process 0 sees them."""
+        return [] if self._manager is None else sorted(self._manager.all_steps())
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
         """Begins to save; the write goes on in the background.
@@ -70,13 +72,7 @@ class Checkpoints:
         Raises:
             CheckpointError: this save or the one before failed, e.g. because the disk is full.
         """
-        if step in self._manager.all_steps():
-            return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave({"meta": meta, "checksums": _checksums(state)}),
-        )
-        self._guard(lambda: self._manager.save(step, args=args))
+        distributed.once(lambda: self._save(step, state, meta))
 
     def wait(self) -> None:
         """Waits until the save in progress is on disk.
@@ -84,7 +80,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it failed.
         """
-        self._guard(self._manager.wait_until_finished)
+        distributed.once(lambda: self._guard(self._manager.wait_until_finished))
 
     def restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Reads the newest checkpoint that is whole.
@@ -101,6 +97,33 @@ class Checkpoints:
             ValueError: a checkpoint is whole but of another structure.
             CheckpointError: there are checkpoints and all of them are damaged.
         """
+        found = distributed.once(lambda: self._restore(like))
+        step, meta = distributed.share(found and (found[0], found[2])) or (None, None)
+        if step is None:
+            return None
+        state = distributed.share_arrays(found[1] if found else like)
+        return step, state, meta
+
+    def _open(self, keep: int) -> ocp.CheckpointManager:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, step_prefix="step", create=False, multiprocessing_options=alone
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave({"meta": meta, "checksums": _checksums(state)}),
+        )
+        self._guard(lambda: self._manager.save(step, args=args))
+
+    def _restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -112,7 +135,7 @@ class Checkpoints:
                     f"the checkpoint of step {step} in {self.folder} is damaged "
                     f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
                     "trying the one before it",
-                    stacklevel=2,
+                    stacklevel=4,
                 )
                 self._discard(step)
                 continue

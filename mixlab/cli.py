@@ -1,4 +1,4 @@
-"""The command `mixlab`: `train`, `experts`, `barrier`, `report`, `diff`, `gallery` and `bench`."""
+"""The command `mixlab`: `train`, `sweep`, `experts`, `barrier`, `report`, `diff`, `gallery` and `bench`."""
 
 import argparse
 import contextlib
@@ -24,6 +24,10 @@ usage: mixlab COMMAND ...
       Runs the experiment of a config file, or goes on with it where it was left.
       For example: mixlab train --config configs/quickstart.py --workdir runs/quickstart
                    --config.agents=16 --config.augment='cutmix(alpha=1.0)'
+  mixlab sweep --config FILE --workdir DIR [--jobs N] [--config.FIELD=VALUE ...]
+      The same with a process for each run of the config's sweep, N at once (1); a run that fails
+      does not end the others, and is told of at the end.
+      For example: mixlab sweep --config configs/dimat/mnist5k.py --workdir runs/mnist5k --jobs 2
   mixlab experts --config FILE --workdir DIR [--config.FIELD=VALUE ...]
       Fine-tunes a network for several tasks, merges it by every method and tests the merges.
       For example: mixlab experts --config configs/experts.py --workdir runs/experts
@@ -54,6 +58,7 @@ def main() -> None:
     """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage."""
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
+        "sweep": _sweep,
         "experts": _experts,
         "barrier": _barrier,
         "report": _report,
@@ -74,11 +79,26 @@ def _train(arguments: Sequence[str]) -> None:
     config, workdir = _parse("train", arguments)
     agents.force_cpu_devices(config.agents)  # before JAX starts
 
-    from mixlab import report, train
+    from mixlab import distributed, report, train
 
     with _job(workdir):
+        distributed.initialize()
         path = train.train(config, workdir)
+    if distributed.is_first():
+        report.show(path)
+
+
+def _sweep(arguments: Sequence[str]) -> None:
+    jobs = flags.DEFINE_integer("jobs", 1, "Runs at once.", lower_bound=1)
+    config, workdir = _parse("sweep", arguments)
+
+    from mixlab import report, sweep
+
+    with _job(workdir):
+        path, failures = sweep.sweep(config, workdir, jobs.value)
     report.show(path)
+    if failures:
+        _fail(f"{len(failures)} runs failed: {', '.join(failures)}", 1)
 
 
 def _experts(arguments: Sequence[str]) -> None:
@@ -104,7 +124,7 @@ def _barrier(arguments: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _job(workdir: str) -> Iterator[None]:
     """Runs what trains; says in a line why it ended, if it did not come to its end."""
-    from mixlab import train
+    from mixlab import distributed, train
     from mixlab.checkpoint import CheckpointError
 
     # The runs of a sweep, and a run that is resumed, compile much the same programs.
@@ -118,6 +138,8 @@ def _job(workdir: str) -> Iterator[None]:
     except train.Stopped as stopped:
         print(f"\n{stopped}; run the same command again to go on", flush=True)
         sys.exit(0)
+    except distributed.FailedElsewhere:
+        sys.exit(1)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on from what is saved", 130)
     except (train.Diverged, CheckpointError) as error:

@@ -3,7 +3,9 @@
 `prepare` is read from top to bottom; `mixlab.train` runs what it makes.
 """
 
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +43,11 @@ def default_config() -> ConfigDict:
     config.partition = "iid"
     config.strategy = "dimat"
     config.same_init = False
-    config.matching_examples = 1000  # training images on which activations are compared
+    # Where agents are compared, BatchNorm re-estimated: "proxy", so many training images that all
+    # agents hold; "local", as many of each agent's own; "global", the whole training set.
+    config.matching_data = "proxy"
+    config.matching_examples = 1000
+    config.faults = "none"  # see mixlab.agents.faults
     # Durations. An epoch is as many steps as the mean agent needs to see its part once.
     config.pretrain_epochs = 0
     config.rounds = 10
@@ -55,6 +61,7 @@ def default_config() -> ConfigDict:
     config.keep_checkpoints = 2
     # Field -> tuple of values; every combination is run. The report averages over seeds.
     config.sweep = ConfigDict()
+    config.sweep_skip = ()  # dicts of field -> value or values: combinations that are left out
     return config
 
 
@@ -82,6 +89,9 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 """What `config.optimizer` may name: optax's own optimizers, transformations and schedules."""
 
 
+MATCHING_DATA = ("global", "local", "proxy")
+
+
 CALIBRATION_BINS = 15
 """Bins of equal width into which `test_ece` sorts the confidences, as Guo et al. do."""
 
@@ -102,6 +112,23 @@ def datasets(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
     return train_set, test_set
 
 
+class Carry(NamedTuple):
+    """What goes from step to step; every leaf has the leading axis of the agents.
+
+    Attributes:
+        state: the agents.
+        totals: sums of the loss and the accuracy over the `steps` of a phase.
+        messages: int32 [A, messages, 2], how many of each were sent and received, by "step" and by
+            "round".
+        outbox: what was last sent on time, likewise; empty where nobody can be late.
+    """
+
+    state: agents.AgentState
+    totals: dict[str, Array]
+    messages: dict[str, Array]
+    outbox: dict[str, PyTree]
+
+
 class Experiment(NamedTuple):
     """A config made real: what `mixlab.train` needs to train, evaluate and describe it.
 
@@ -110,14 +137,18 @@ class Experiment(NamedTuple):
         strategy: how they communicate.
         topology: with whom.
         feed: what they read.
-        init: `init() -> carry`; a carry is `(AgentState, totals)`, in the layout of `parallel`.
-        step: `step(carry, held, step, alone) -> carry`; the old carry's memory is reused.
-            `alone` means that nobody mixes (before the first round).
-        communicate: `communicate(carry) -> carry`.
+        init: `init() -> carry`, in the layout of `parallel`.
+        step: `step(carry, held, step) -> carry`; the old carry's memory is reused. Before the
+            first round nobody mixes and nobody fails.
+        communicate: `communicate(carry, round) -> carry`.
+        match: `match(carry, round)` does what `communicate` does before it merges; None where
+            nothing is matched. It is there to be timed.
         test: `test(variables) -> dict` of the accuracy, loss, confidence (mean of the largest
             probability) and ece (expected calibration error) of every agent, each [A].
         consensus: `consensus(variables) -> dict` of the accuracies, calibration error and
             distances of consensus; empty for one agent, who has nobody to agree with.
+        traffic: `traffic(carry) -> dict` of the bytes that every agent has sent and received, by
+            kind, and of its messages.
         about: what the report says of the set-up, as JSON can hold it.
         sheet: arrays of a few training images before and after augmentation, with their labels.
     """
@@ -126,11 +157,13 @@ class Experiment(NamedTuple):
     strategy: agents.Strategy
     topology: agents.Topology
     feed: data.Feed
-    init: Callable[[], PyTree]
-    step: Callable[[PyTree, PyTree, int, bool], PyTree]
-    communicate: Callable[[PyTree], PyTree]
+    init: Callable[[], Carry]
+    step: Callable[[Carry, PyTree, int], Carry]
+    communicate: Callable[[Carry, int], Carry]
+    match: Callable[[Carry, int], PyTree] | None
     test: Callable[[PyTree], dict[str, np.ndarray]]
     consensus: Callable[[PyTree], dict[str, float]]
+    traffic: Callable[[Carry], dict[str, Any]]
     about: dict[str, Any]
     sheet: dict[str, np.ndarray]
 
@@ -154,21 +187,25 @@ def prepare(config: ConfigDict) -> Experiment:
         )
     key = jax.random.key(config.seed)
     init_key, train_key, match_key, sheet_key = jax.random.split(key, 4)
+    fault_key = jax.random.fold_in(key, 1)
 
     # 1. Data, and who holds what.
     train_set, test_set = datasets(config)
     num_classes = train_set.num_classes
     parts = agents.partition.parse(config.partition)(train_set.labels, config.agents, config.seed)
 
-    # 2. Who talks to whom, where they run, what they read.
+    # 2. Who talks to whom, what fails, where they run, what they read.
     topology = agents.topology.parse(config.topology, config.agents)
     strategy = agents.parse(config.strategy, topology)
+    faults = agents.faults.parse(config.faults, config.agents)
     parallel = agents.parallel(
         config.agents, config.backend, per_device=config.per_device, num_devices=config.devices
     )
     feed = data.Feed(
         train_set, parts, config.batch_size, config.seed, parallel.put, config.memory_bytes
     )
+    pretrain_steps = config.pretrain_epochs * feed.steps_per_epoch
+    round_steps = config.epochs_per_round * feed.steps_per_epoch
     augmentation = augment.parse(config.augment)
     preprocess = augment.parse(config.preprocess)
 
@@ -177,72 +214,188 @@ def prepare(config: ConfigDict) -> Experiment:
 
     # 3. Model, optimizer, symmetries.
     model = models.parse(config.model, num_classes)
-    count = min(config.matching_examples, len(train_set))
-    chosen = np.sort(np.asarray(jax.random.permutation(match_key, len(train_set))[:count]))
-    images = prepared(train_set.batch(chosen)["image"])
-    variables = jax.jit(model.init)(init_key, images[:1])
+    chosen = _matching_examples(config, match_key, parts)
+    images = prepared(train_set.batch(chosen.ravel())["image"])
+    one = images[:1]
+    variables = jax.jit(model.init)(init_key, one)
     symmetry = align.infer_symmetry(model.apply, variables, images[:2])
     problem = agents.Problem(
-        optimizer=spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain),
+        optimizer=strategy.optimizer(spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain)),
         symmetry=symmetry,
         batch_stats=reestimation(model, variables),
+        local=config.matching_data == "local",
         assignment="scipy" if host_callbacks_are_safe(parallel) else "jax",
     )
     # Keys are arguments too, not constants, so that runs with other seeds share the programs.
+    weights = topology.mixing_matrix(strategy.rule).reshape(-1, config.agents, config.agents)
     shared = {
-        "images": parallel.replicate(images),
-        "weights": parallel.replicate(jnp.asarray(topology.weights, jnp.float32)),
+        "weights": parallel.replicate(jnp.asarray(weights, jnp.float32)),
         "init_key": parallel.replicate(init_key),
         "train_key": parallel.replicate(train_key),
+        "fault_key": parallel.replicate(fault_key),
     }
-    alone = parallel.replicate(jnp.eye(config.agents))
+    if problem.local:
+        own_images = parallel.put(np.asarray(images).reshape(*chosen.shape, *images.shape[1:]))
+    else:
+        own_images, shared["images"] = {}, parallel.replicate(images)
 
     # 4. Programs over the agent axis.
+    sent: dict[str, list[agents.Message]] = {}  # filled when the programs are traced
+
+    def network(axis: agents.Axis, kind: str, outbox: PyTree, shared: PyTree) -> agents.Network:
+        """The network at the communication `shared["time"]`, in `shared["round"]`.
+
+        Before the first round, which is round -1, nobody mixes and nobody fails.
+        """
+        stack, time, alone = shared["weights"], shared["time"], shared["round"] < 0
+        mixing = jnp.where(alone, jnp.eye(config.agents), stack[time % len(stack)])
+        key = jax.random.fold_in(jax.random.fold_in(shared["fault_key"], 1), time)
+        if not faults:
+            return agents.Network(axis, mixing, topology.adjacency, key, time)
+        fault = faults.sample(shared["fault_key"], shared["round"])
+        # What mixes in every step loses other messages in each.
+        lost = fault.lost if kind == "round" else faults.sample(key, time).lost
+        settle = (
+            agents.faults.renormalise_columns
+            if strategy.rule == "push"
+            else agents.faults.renormalise
+        )
+        awake = fault.awake | alone
+        return agents.Network(
+            axis,
+            settle(mixing, awake, lost),
+            topology.adjacency,
+            key,
+            time,
+            awake=awake if faults.any_absent else None,
+            late=fault.late & ~alone if faults.any_late else None,
+            byzantine=fault.byzantine & ~alone,
+            attack=faults.attack,
+            outbox=outbox or None,
+        )
+
+    def settled(net: agents.Network, kind: str, old: Carry, new: agents.AgentState) -> Carry:
+        """The carry after a communication: who is absent stays as it was; messages are counted."""
+        if net.awake is not None:
+            here = net.awake[net.axis.ids]
+            new = jax.tree.map(
+                lambda x, y: jnp.where(here.reshape(-1, *(1,) * (x.ndim - 1)), x, y),
+                new,
+                old.state,
+            )
+        counts, outbox = net.received()
+        if not net.messages:
+            return old._replace(state=new)
+        sent[kind] = net.messages
+        before = old.messages.get(kind)
+        return old._replace(
+            state=new,
+            messages={**old.messages, kind: counts if before is None else before + counts},
+            outbox={**old.outbox, kind: outbox},
+        )
+
     def init(axis: agents.Axis, ids: Array, held: PyTree, shared: PyTree) -> PyTree:
-        def one(agent: Array) -> tuple[PyTree, PyTree]:
+        def first(agent: Array) -> tuple[PyTree, PyTree]:
             common = shared["init_key"]
             own = common if config.same_init else jax.random.fold_in(common, agent)
-            variables = model.init(own, shared["images"][:1])
+            variables = model.init(own, one)
             return variables, problem.optimizer.init(variables["params"])
 
-        variables, opt_state = axis.each(one)(ids)
+        variables, opt_state = axis.each(first)(ids)
         healthy = jnp.full(ids.shape, -1, jnp.int32)
-        state = strategy.init(axis, agents.AgentState(variables, opt_state, healthy))
+        state = strategy.init(axis, problem, agents.AgentState(variables, opt_state, healthy))
         totals = {name: jnp.zeros(ids.shape) for name in ("loss", "accuracy", "steps")}
-        return state, totals
+        return Carry(state, totals, {}, {})
 
-    def step(axis: agents.Axis, carry: PyTree, held: PyTree, shared: PyTree) -> PyTree:
-        state, totals = carry
-        now = shared["step"]
+    def step(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
+        state, now = carry.state, shared["step"]
+        shared = {**shared, "time": now - pretrain_steps}
+        net = network(axis, "step", carry.outbox.get("step"), shared)
 
-        def one(agent: Array, variables: PyTree, held: PyTree) -> PyTree:
+        def batch_of(agent: Array, held: PyTree) -> tuple[Batch, Key]:
             batch = feed.select(held, now)
             batch["label"] = jax.nn.one_hot(batch["label"], num_classes)
             mixing_key, own_key = jax.random.split(
                 jax.random.fold_in(jax.random.fold_in(shared["train_key"], now), agent)
             )
             batch = preprocess(key, augmentation(mixing_key, batch))  # as in evaluation
-            return _gradients(model, own_key, variables, batch)
+            if faults.data_attack is not None:
+                poisoned = faults.data_attack(jax.random.fold_in(own_key, 1), batch)
+                bad = net.byzantine[agent]
+                batch = jax.tree.map(lambda x, y: jnp.where(bad, x, y), poisoned, batch)
+            return batch, own_key
 
-        grads, stats, metrics = axis.each(one)(axis.ids, state.variables, held)
+        batch, own_key = axis.each(batch_of)(axis.ids, held)
+        gradients = functools.partial(_gradients, model)
+        grads, stats, metrics = axis.each(gradients)(own_key, state.variables, batch)
         lost = (state.failed_at < 0) & ~jnp.isfinite(metrics["loss"])
         state = state._replace(failed_at=jnp.where(lost, now, state.failed_at))
-        state = strategy.local_step(axis, problem, state, grads, stats, shared["weights"])
-        return state, jax.tree.map(jnp.add, totals, metrics)
+        found = agents.Gradients(
+            grads, stats, batch, lambda variables, batch: gradients(key, variables, batch)[0]
+        )
+        after = strategy.local_step(net, problem, state, found)
+        if net.awake is not None:
+            here = net.awake[axis.ids]
+            metrics = jax.tree.map(lambda x: jnp.where(here, x, 0), metrics)
+        totals = jax.tree.map(jnp.add, carry.totals, metrics)
+        return settled(net, "step", carry._replace(state=state, totals=totals), after)
 
-    def communicate(axis: agents.Axis, carry: PyTree, held: PyTree, shared: PyTree) -> PyTree:
-        state, totals = carry
-        here = problem._replace(images=shared["images"])
-        return strategy.communicate(axis, here, state, shared["weights"]), totals
+    def at_round(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Any:
+        net = network(axis, "round", carry.outbox.get("round"), shared)
+        return net, problem._replace(images=held if problem.local else shared["images"])
+
+    def communicate(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
+        net, here = at_round(axis, carry, held, shared)
+        return settled(net, "round", carry, strategy.communicate(net, here, carry.state))
+
+    def match(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> PyTree:
+        assert strategy.match is not None
+        return strategy.match(*at_round(axis, carry, held, shared), carry.state)
 
     def evaluate(axis: agents.Axis, variables: PyTree, held: PyTree, batch: Batch) -> PyTree:
         return axis.each(lambda own: tally(model, own, batch))(variables)
 
     def consensus(axis: agents.Axis, variables: PyTree, held: PyTree, shared: PyTree) -> PyTree:
-        return agents.consensus(axis, problem._replace(images=shared["images"]), variables)
+        here = problem._replace(images=held if problem.local else shared["images"])
+        return agents.consensus(axis, here, variables)
 
+    def abstract() -> Carry:
+        """Shapes of what a step and a communication leave, as if all agents were one block."""
+
+        def both(ids: Array, held: PyTree, own_images: PyTree, shared: PyTree) -> Carry:
+            axis = agents.Axis(ids, jax.vmap, lambda tree: tree)
+            carry = step(axis, init(axis, ids, {}, shared), held, shared)
+            return communicate(axis, carry, own_images, shared)
+
+        def whole(tree: PyTree) -> PyTree:
+            def leaf(x: Array) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct((config.agents, *x.shape[2:]), x.dtype)
+
+            return jax.tree.map(leaf, tree)
+
+        with closing(feed.steps(0, 1)) as steps:
+            held = whole(next(steps))
+        now = {name: np.int32(0) for name in ("step", "time", "round")}
+        return jax.eval_shape(
+            both, np.arange(config.agents), held, whole(own_images), {**shared, **now}
+        )
+
+    shapes = abstract()
+
+    def start(axis: agents.Axis, ids: Array, held: PyTree, shared: PyTree) -> Carry:
+        """The first carry: nothing sent yet."""
+
+        def blank(shape: jax.ShapeDtypeStruct) -> Array:
+            return jnp.zeros((*ids.shape, *shape.shape[1:]), shape.dtype)
+
+        carry = init(axis, ids, held, shared)
+        messages, outbox = jax.tree.map(blank, (shapes.messages, shapes.outbox))
+        return carry._replace(messages=messages, outbox=outbox)
+
+    run_start = parallel.compile(start)
     run_step = parallel.compile(step, donate=True)
     run_communicate = parallel.compile(communicate)
+    run_match = parallel.compile(match)
     run_evaluate = parallel.compile(evaluate)
     run_consensus = parallel.compile(consensus)
 
@@ -253,10 +406,30 @@ def prepare(config: ConfigDict) -> Experiment:
     copies = 4 * len(parallel.devices) * test_set.num_bytes
     resident = list(stream()) if copies <= config.memory_bytes else None
 
-    def run(carry: PyTree, held: PyTree, now: int, by_itself: bool) -> PyTree:
-        weights = alone if by_itself else shared["weights"]
-        needed = {"step": np.int32(now), "weights": weights, "train_key": shared["train_key"]}
-        return run_step(carry, held, needed)
+    def run(carry: Carry, held: PyTree, now: int) -> Carry:
+        number = (now - pretrain_steps) // round_steps if now >= pretrain_steps else -1
+        known = {name: x for name, x in shared.items() if name != "images"}
+        return run_step(carry, held, {**known, "step": np.int32(now), "round": np.int32(number)})
+
+    def in_round(number: int) -> PyTree:
+        return {**shared, "time": np.int32(number), "round": np.int32(number)}
+
+    def traffic(carry: Carry) -> dict[str, Any]:
+        counts = parallel.get(carry.messages)
+        total: dict[str, Any] = {"bytes_sent": {}, "bytes_received": {}}
+        for kind, kinds in sent.items():
+            for i, message in enumerate(kinds):
+                for j, direction in enumerate(("bytes_sent", "bytes_received")):
+                    amount = counts[kind][:, i, j] * message.num_bytes
+                    sums = total[direction]
+                    sums[message.kind] = sums.get(message.kind, 0) + amount
+        total_messages = sum(
+            (c[..., 0].sum(axis=1) for c in counts.values()), np.zeros(config.agents, int)
+        )
+        return {
+            direction: {name: sums.tolist() for name, sums in total[direction].items()}
+            for direction in total
+        } | {"messages": total_messages.tolist()}
 
     def test(variables: PyTree) -> dict[str, np.ndarray]:
         batches = stream() if resident is None else resident
@@ -266,7 +439,7 @@ def prepare(config: ConfigDict) -> Experiment:
     def test_consensus(variables: PyTree) -> dict[str, float]:
         if config.agents == 1:
             return {}
-        found = run_consensus(variables, {}, shared)
+        found = run_consensus(variables, own_images, shared)
         aligned = test(found.aligned)
         return {
             "consensus_accuracy": float(aligned["accuracy"][0]),
@@ -285,6 +458,8 @@ def prepare(config: ConfigDict) -> Experiment:
     about = {
         "topology": str(topology),
         "weights": np.asarray(topology.weights).tolist(),
+        "faults": (faults.describe(fault_key, config.rounds, topology.adjacency) if faults else ""),
+        "byzantine": np.flatnonzero(faults.sample(fault_key, 0).byzantine).tolist(),
         "partition": agents.partition.counts(parts, train_set.labels, num_classes).tolist(),
         "class_names": list(train_set.class_names),
         "parallel": str(parallel),
@@ -298,14 +473,41 @@ def prepare(config: ConfigDict) -> Experiment:
         strategy=strategy,
         topology=topology,
         feed=feed,
-        init=lambda: parallel.compile(init)(parallel.put(np.arange(config.agents)), {}, shared),
+        init=lambda: run_start(parallel.put(np.arange(config.agents)), {}, shared),
         step=run,
-        communicate=lambda carry: run_communicate(carry, {}, shared),
+        communicate=lambda carry, number: run_communicate(carry, own_images, in_round(number)),
+        match=(
+            None
+            if strategy.match is None
+            else lambda carry, number: run_match(carry, own_images, in_round(number))
+        ),
         test=test,
         consensus=test_consensus,
+        traffic=traffic,
         about=about,
         sheet=sheet,
     )
+
+
+def _matching_examples(config: ConfigDict, key: Key, parts: list[np.ndarray]) -> np.ndarray:
+    """Indices of the examples on which agents are compared: int64 [n], or [A, n] if "local"."""
+    if config.matching_data not in MATCHING_DATA:
+        raise ValueError(
+            f"matching_data={config.matching_data!r} is unknown; "
+            f"{spec.nearest(config.matching_data, MATCHING_DATA)}"
+        )
+    count = config.matching_examples
+    if config.matching_data == "local":
+        count = min(count, *map(len, parts))
+        drawn = (
+            jax.random.permutation(jax.random.fold_in(key, agent), part)[:count]
+            for agent, part in enumerate(parts)
+        )
+        return np.sort(np.stack([np.asarray(indices) for indices in drawn]), axis=1)
+    total = sum(map(len, parts))
+    if config.matching_data == "global":
+        return np.arange(total)
+    return np.sort(np.asarray(jax.random.permutation(key, total)[: min(count, total)]))
 
 
 def _gradients(

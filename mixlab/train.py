@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mixlab import report, spec
+from mixlab import distributed, report, spec
 from mixlab.checkpoint import Checkpoints
-from mixlab.experiment import Experiment, prepare
+from mixlab.experiment import Carry, Experiment, prepare
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
 
@@ -51,26 +51,55 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     Raises:
         ValueError: a field cannot be used, or the folder holds another config.
         Diverged: a loss became NaN or infinite; the last good checkpoint is kept.
-        Stopped: SIGTERM arrived; the state has been saved.
+        Stopped: SIGTERM arrived, in any process; the state has been saved.
+        distributed.FailedElsewhere: process 0 failed.
         checkpoint.CheckpointError: saving failed, e.g. because the disk is full.
     """
     workdir = Path(workdir).absolute()
-    variants = _variants(config)
-    _claim(workdir, config)
-    with _termination() as terminated:
-        for number, (name, variant) in enumerate(variants.items(), 1):
-            title = f"[{number}/{len(variants)}] {name}"
-            folder = workdir / "runs" / name
-            experiment = prepare(variant)
-            folder.mkdir(parents=True, exist_ok=True)
-            if number == 1:
-                several = f"{experiment.topology}\n" if variant.agents > 1 else ""
-                print(f"{several}{experiment.parallel}\nin {workdir}", flush=True)
-            setup = {"number": number, "config": variant.to_dict(), **experiment.about}
-            _write_json(folder / "setup.json", setup)
+    runs = variants(config)
+    distributed.once(lambda: claim(workdir, config))
+    with termination() as terminated:
+        for name in runs:
+            run_variant(runs, name, workdir, terminated)
+    distributed.once(lambda: report.write(workdir))
+    return workdir / "report.md"
+
+
+def run_variant(
+    runs: dict[str, ConfigDict], name: str, workdir: Path, terminated: Callable[[], bool]
+) -> None:
+    """Runs one of the `variants` in `workdir`, or goes on with it; see `train`.
+
+    What ends it before its time is told in `failed.json`, beside its records.
+
+    Args:
+        runs: all of them; the number of this one among them orders the report.
+        name: which.
+        workdir: claimed before.
+        terminated: whether to save and stop.
+    """
+    number, variant = list(runs).index(name) + 1, runs[name]
+    folder = workdir / "runs" / name
+    first = distributed.is_first()
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failed.json").unlink(missing_ok=True)
+    try:
+        experiment = prepare(variant)
+        if number == 1:
+            several = f"{experiment.topology}\n" if variant.agents > 1 else ""
+            print(f"{several}{experiment.parallel}\nin {workdir}", flush=True)
+        setup = {"number": number, "config": variant.to_dict(), **experiment.about}
+        if first:
+            write_json(folder / "setup.json", setup)
             np.savez(folder / "sheet.npz", allow_pickle=False, **experiment.sheet)
-            _run(variant, experiment, folder, title, terminated)
-    return report.write(workdir)
+        _run(variant, experiment, folder, f"[{number}/{len(runs)}] {name}", terminated)
+    except Stopped:
+        raise
+    except Exception as error:
+        if first:
+            write_json(folder / "failed.json", {"reason": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def _run(
@@ -113,8 +142,8 @@ def _run(
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)
 
-        def check(carry: PyTree) -> None:
-            _check_finite(parallel.get(carry[0].failed_at), checkpoints.steps())
+        def check(carry: Carry) -> None:
+            _check_finite(parallel.get(carry.state.failed_at), checkpoints.steps())
 
         def save(step: int) -> None:
             check(carry)
@@ -123,13 +152,12 @@ def _run(
                 meta = {"metrics_bytes": metrics.num_bytes, "seconds": clock.seconds}
                 checkpoints.save(step, held, meta)
 
-        def record(step: int, phase: str, carry: PyTree) -> None:
-            state, totals = carry
-            totals = parallel.get(totals)
+        def record(step: int, phase: str, carry: Carry) -> None:
+            totals = parallel.get(carry.totals)
             steps = np.maximum(totals["steps"], 1)
             with clock("evaluate"):
-                tested = experiment.test(state.variables)
-                agreement = experiment.consensus(state.variables)
+                tested = experiment.test(carry.state.variables)
+                agreement = experiment.consensus(carry.state.variables)
             metrics.write(
                 {
                     "step": step,
@@ -143,49 +171,54 @@ def _run(
                     "test_confidence": tested["confidence"].tolist(),
                     "test_ece": tested["ece"].tolist(),
                     **agreement,
-                    "bytes_sent": _bytes_sent(experiment, state, step, pretrain, length, phase),
+                    **experiment.traffic(carry),
                     "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
                 }
             )
 
+        match_seconds = 0.0
         batches = stack.enter_context(closing(experiment.feed.steps(start, total)))
         for step in range(start, total):
             if begins_round(step) and strategy.every in ("round", "step"):
+                number = (step - pretrain) // length
                 with clock("merge"):
-                    merged = jax.block_until_ready(experiment.communicate(carry))
+                    merged = jax.block_until_ready(experiment.communicate(carry, number))
+                if experiment.match is not None:
+                    match_seconds = match_seconds or _timed(experiment.match, carry, number)
+                    clock.move(min(match_seconds, clock.last), "merge", "match")
                 record(step, "merge", merged)
                 if strategy.every == "round":
                     carry = merged
-            with clock("train"):
-                carry = experiment.step(carry, next(batches), step, step < pretrain)
-            if line.due(step + 1):
-                totals = parallel.get(carry[1])
-                check(carry)
-                line.show(step + 1, float(np.mean(totals["accuracy"] / totals["steps"])))
+            with clock("local"):
+                carry = experiment.step(carry, next(batches), step)
+            if line.due(step + 1):  # other processes find other times due: nothing is exchanged
+                totals = parallel.get_local(carry.totals)
+                if jax.process_count() == 1:
+                    check(carry)
+                steps = np.maximum(totals["steps"], 1)
+                line.show(step + 1, float(np.mean(totals["accuracy"] / steps)))
             if ends_phase(step + 1):
-                with clock("train"):
+                with clock("local"):
                     jax.block_until_ready(carry)
                 check(carry)
                 record(step + 1, "local", carry)
-                carry = (carry[0], jax.tree.map(jnp.zeros_like, carry[1]))
-            if is_checkpoint(step + 1) or terminated():
+                carry = carry._replace(totals=jax.tree.map(jnp.zeros_like, carry.totals))
+            stop = terminated()
+            if is_checkpoint(step + 1) or stop:
                 save(step + 1)
-            if terminated():
+            if stop:
                 checkpoints.wait()
                 raise Stopped(f"{title}: stopped after step {step + 1} of {total}, all saved")
         checkpoints.wait()
-        line.done(_last_words(folder / "metrics.jsonl"))
+        line.done(distributed.once(lambda: _last_words(folder / "metrics.jsonl")) or "done")
 
 
-def _bytes_sent(
-    experiment: Experiment, state: Any, step: int, pretrain: int, length: int, phase: str
-) -> list[float]:
-    """Bytes that each agent has sent by now, from the sizes of what it sends."""
-    strategy = experiment.strategy
-    steps = step if strategy.every == "always" else max(0, step - pretrain)
-    merges = max(0, -(-(step - pretrain) // length)) + (phase == "merge")
-    sent = steps * strategy.sent_per_step(state)
-    return (sent + merges * strategy.sent_per_round(state)).tolist()
+def _timed(fn: Callable[..., PyTree], *args: Any) -> float:
+    """Seconds that a compiled program takes, the first call left out."""
+    jax.block_until_ready(fn(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*args))
+    return time.perf_counter() - start
 
 
 class _Clock:
@@ -193,15 +226,23 @@ class _Clock:
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds = dict(seconds)
+        self.last = 0.0
         self._seen: set[str] = set()
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        elapsed = time.perf_counter() - start
         name = kind if kind in self._seen else "compile"
+        self.last = elapsed if kind in self._seen else 0.0
         self._seen.add(kind)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+    def move(self, seconds: float, kind: str, part: str) -> None:
+        """Books some of the seconds of one kind of work under a part of it."""
+        self.seconds[kind] = self.seconds.get(kind, 0.0) - seconds
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
 
 def _check_finite(failed_at: np.ndarray, saved: list[int]) -> None:
@@ -217,25 +258,46 @@ def _check_finite(failed_at: np.ndarray, saved: list[int]) -> None:
     )
 
 
-def _variants(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Every combination of the sweep's values, by a name made of the values."""
+def variants(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Every combination of the sweep's values, by a name made of the values.
+
+    Those that `sweep_skip` describes are left out: it lists dicts of field -> value or tuple of
+    values, and a combination is left out if it agrees with all fields of one of them.
+
+    Raises:
+        ValueError: a swept field is unknown or has no values, `sweep_skip` names a field that is
+            not swept or leaves nothing, or two runs would have the same name.
+    """
     sweep = {field: tuple(values) for field, values in config.sweep.items()}
     for field, values in sweep.items():
         if field not in config or field == "sweep":
             raise ValueError(f"sweep.{field} is not a field; {spec.nearest(field, config)}")
         if not values:
             raise ValueError(f"sweep.{field} has no values")
-    variants = {}
+    skips = [dict(skip) for skip in config.sweep_skip]
+    for field in {field for skip in skips for field in skip} - set(sweep):
+        raise ValueError(f"sweep_skip names {field!r}, which is not swept; swept: {list(sweep)}")
+    found: dict[str, ConfigDict] = {}
     for combination in itertools.product(*sweep.values()):
+        values = dict(zip(sweep, combination, strict=True))
+        if any(all(_agrees(values[k], wanted) for k, wanted in skip.items()) for skip in skips):
+            continue
         variant = config.copy_and_resolve_references()
         variant.sweep = ConfigDict()
-        for field, value in zip(sweep, combination, strict=True):
+        variant.sweep_skip = ()
+        for field, value in values.items():
             variant[field] = value
         name = "-".join(_slug(value) for value in combination) or _slug(config.strategy)
-        if name in variants:
+        if name in found:
             raise ValueError(f"two runs of the sweep would both be called {name!r}")
-        variants[name] = variant
-    return variants
+        found[name] = variant
+    if not found:
+        raise ValueError("sweep_skip leaves no run")
+    return found
+
+
+def _agrees(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, list | tuple) else value == wanted
 
 
 def _slug(value: Any) -> str:
@@ -243,7 +305,7 @@ def _slug(value: Any) -> str:
     return "_".join("".join(kept).split())
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
+def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the config into the folder, or checks that it is the one that ran there.
 
     A config that could not be run has left nothing, so the mended one may take its place.
@@ -254,7 +316,9 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     saved = (workdir / "runs").glob("*/checkpoints/step_*")
     if not path.exists() or not (any(m.stat().st_size for m in metrics) or any(saved)):
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, mine)
+        for failure in (workdir / "runs").glob("*/failed.json"):
+            failure.unlink()
+        write_json(path, mine)
         return
     other = json.loads(path.read_text())
     fields = sorted(k for k in {*mine, *other} if mine.get(k, "absent") != other.get(k, "absent"))
@@ -269,7 +333,7 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Writes whole or not at all, whenever the process is killed."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1))
@@ -277,9 +341,12 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def _termination() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGTERM has arrived."""
+def termination() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether SIGTERM has arrived, here or in another process."""
     arrived: list[int] = []
+    if jax.process_count() > 1:
+        yield distributed.Termination()
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may set handlers
         return

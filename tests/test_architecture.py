@@ -25,21 +25,23 @@ MAY_IMPORT = {
     "agents": FOUNDATION | {"merge", "align"},
     "figures": set(),
     "gallery": FOUNDATION | {"augment", "data", "figures"},
-    "progress": FOUNDATION,
-    "checkpoint": FOUNDATION,
+    "progress": FOUNDATION | {"distributed"},
+    "distributed": {"types"},
+    "checkpoint": FOUNDATION | {"distributed"},
     "report": {"figures"},
     "landscape": FOUNDATION | {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
-    "train": FOUNDATION | {"experiment", "checkpoint", "progress", "report"},
+    "train": FOUNDATION | {"experiment", "checkpoint", "distributed", "progress", "report"},
+    "sweep": {"agents", "progress", "report", "train"},
     "experts": FOUNDATION
     | {"augment", "data", "experiment", "landscape", "merge", "models", "checkpoint", "report"},
     "barrier": FOUNDATION
     | {"align", "augment", "data", "experiment", "models"}
     | {"checkpoint", "figures", "report", "train"},
-    "bench": FOUNDATION | {"align", "augment", "merge", "models"},
+    "bench": FOUNDATION | {"agents", "align", "augment", "merge", "models"},
     "cli": FOUNDATION
-    | {"agents", "augment", "merge", "train", "experts", "barrier", "report", "checkpoint"}
-    | {"figures", "gallery", "bench"},
+    | {"agents", "augment", "merge", "train", "sweep", "experts", "barrier", "report"}
+    | {"checkpoint", "distributed", "figures", "gallery", "bench"},
     "__main__": {"cli"},
     "__init__": {"agents", "align", "augment", "data", "merge", "models"},
 }
@@ -52,7 +54,7 @@ ONLY_IN = {
     "orbax": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "matplotlib": {"figures", "gallery", "landscape", "report"},
-    "ml_collections": {"experiment", "experts", "barrier", "train", "cli"},
+    "ml_collections": {"experiment", "experts", "barrier", "train", "sweep", "cli"},
 }
 
 

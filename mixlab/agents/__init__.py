@@ -1,7 +1,7 @@
 """Mix agents: decentralized training in which agents train locally and merge with neighbours."""
 
-from mixlab.agents import partition, topology
-from mixlab.agents.network import Network, mix
+from mixlab.agents import attacks, faults, partition, topology
+from mixlab.agents.network import Message, Network, mix
 from mixlab.agents.parallel import Axis, Parallel, force_cpu_devices, parallel
 from mixlab.agents.strategies import (
     AgentState,
@@ -45,11 +45,13 @@ __all__ = [
     "Axis",
     "Consensus",
     "Gradients",
+    "Message",
     "Network",
     "Parallel",
     "Problem",
     "Strategy",
     "Topology",
+    "attacks",
     "bipartite",
     "complete",
     "consensus",
@@ -58,11 +60,12 @@ __all__ = [
     "disconnected",
     "erdos_renyi",
     "exponential",
+    "faults",
     "force_cpu_devices",
     "from_edges",
     "from_matrix",
-    "gossip",
     "from_networkx",
+    "gossip",
     "grid",
     "hypercube",
     "matchings",

@@ -7,13 +7,18 @@ sees the other agents only through `axis`, so the same program runs on every bac
 - `vmap`: one device, agents vectorised;
 - `pmap`: a block of agents on each device, itself run by `loop` or `vmap`.
 
+With several processes (`mixlab.distributed`), pmap spans the devices of all of them. Each process
+holds the blocks of its own devices and no others; only `Axis.gather` and `Parallel.get` see all.
+
 This is the only module that names `jax.pmap`. pmap is in maintenance mode (JAX 0.8 changelog); a
 port to `jax.shard_map` would replace `Parallel.compile` and nothing else.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +73,8 @@ class Parallel:
         num_agents: A, at least 1.
         backend: "loop", "vmap" or "pmap" (see the module's docstring).
         per_device: how the agents of one device run, "loop" or "vmap"; only "pmap" has a choice.
-        devices: the devices to use; the agents are spread over them evenly, in order.
+        devices: the devices to use, equally many of each process; the agents are spread over them
+            evenly, in order.
     """
 
     num_agents: int
@@ -81,12 +87,22 @@ class Parallel:
         """Agents on one device."""
         return self.num_agents // len(self.devices)
 
+    @cached_property
+    def local_devices(self) -> tuple[jax.Device, ...]:
+        """Those devices that belong to this process."""
+        return tuple(d for d in self.devices if d.process_index == jax.process_index())
+
     @property
-    def _mesh(self) -> Mesh:
-        return Mesh(np.array(self.devices), (_DEVICES,))
+    def local_agents(self) -> slice:
+        """The agents whose blocks lie on this process's devices."""
+        first = self.devices.index(self.local_devices[0]) * self.per_block
+        return slice(first, first + len(self.local_devices) * self.per_block)
 
     def put(self, tree: PyTree) -> PyTree:
-        """Lays host leaves [A, ...] out over the devices, as `compile`d programs take them."""
+        """Lays host leaves [A, ...] out over the devices, as `compile`d programs take them.
+
+        Every process gives all the agents and keeps its own.
+        """
         sharding = NamedSharding(self._mesh, PartitionSpec(_DEVICES))
         return jax.tree.map(lambda x: jax.device_put(self._blocks(x), sharding), tree)
 
@@ -95,10 +111,21 @@ class Parallel:
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
 
     def get(self, tree: PyTree) -> PyTree:
-        """Brings leaves back to the host as NumPy arrays [A, ...]: the inverse of `put`."""
+        """Brings leaves back to the host as NumPy arrays [A, ...]: the inverse of `put`.
+
+        Every process gets all the agents, so every process must ask.
+        """
+        if len(self.local_devices) == len(self.devices):
+            return self.get_local(tree)
+        # Leaf by leaf, so that no device holds more than one leaf of all the agents.
+        return jax.tree.map(lambda x: np.array(self._gathered(x).addressable_data(0)[0]), tree)
+
+    def get_local(self, tree: PyTree) -> PyTree:
+        """As `get`, but only the `local_agents`; asks nothing of other processes."""
         # The copy matters: on CPU, NumPy would look at memory that the next step overwrites.
+        count = len(self.local_devices) * self.per_block
         return jax.tree.map(
-            lambda x: np.array(x).reshape(self.num_agents, *x.shape[2:]), jax.device_get(tree)
+            lambda x: np.array(x).reshape(count, *x.shape[2:]), jax.device_get(tree)
         )
 
     def compile(self, program: Program, *, donate: bool = False) -> Callable[[Any, Any, Any], Any]:
@@ -142,9 +169,20 @@ class Parallel:
         # flight, threads of both could wait for partners that never get a thread.
         return lambda state, agents, shared: jax.block_until_ready(mapped((state,), agents, shared))
 
+    @property
+    def _mesh(self) -> Mesh:
+        # pmap takes and gives the blocks of one process, also when it runs on many.
+        return Mesh(np.array(self.local_devices), (_DEVICES,))
+
     def _blocks(self, x: Any) -> np.ndarray | Array:
         array = x if isinstance(x, jax.Array) else np.asarray(x)
-        return array.reshape(len(self.devices), self.per_block, *array.shape[1:])
+        blocks = (len(self.local_devices), self.per_block, *array.shape[1:])
+        return array[self.local_agents].reshape(blocks)
+
+    @cached_property
+    def _gathered(self) -> Callable[[Array], Array]:
+        """Blocks [local devices, k, ...] -> on each of these devices [A, ...]."""
+        return jax.pmap(_gather, _DEVICES, devices=self.devices)
 
     def __str__(self) -> str:
         kind = self.devices[0].platform
@@ -152,8 +190,10 @@ class Parallel:
             agents = "1 agent" if self.num_agents == 1 else f"{self.num_agents} agents"
             return f"{agents} on 1 {kind} device ({self.backend})"
         inside = f" by {self.per_device}" if self.per_block > 1 else ""
+        processes = len(self.devices) // len(self.local_devices)
+        where = f" of {processes} processes" if processes > 1 else ""
         return (
-            f"{self.num_agents} agents on {len(self.devices)} {kind} devices (pmap, "
+            f"{self.num_agents} agents on {len(self.devices)} {kind} devices{where} (pmap, "
             f"{self.per_block} a device{inside})"
         )
 
@@ -176,12 +216,12 @@ def parallel(
         backend: "loop", "vmap" or "pmap".
         per_device: "loop", "vmap" or "auto": "vmap" on accelerators, "loop" on CPU, where a
             vmapped convolution is about ten times slower.
-        num_devices: how many devices pmap uses; by default the largest number of them that
-            divides A.
+        num_devices: how many devices pmap uses, those of all processes together; by default the
+            largest number of them that divides A, equally many of each process.
 
     Raises:
         ValueError: an unknown name, no agents, more devices than there are, or a number of
-            agents that does not divide evenly over the devices.
+            agents that does not divide evenly over the devices, or over the processes.
     """
     if num_agents < 1:
         raise ValueError(f"agents must be at least 1, got {num_agents}")
@@ -189,19 +229,36 @@ def parallel(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if per_device not in ("auto", "loop", "vmap"):
         raise ValueError(f"per_device must be auto, loop or vmap, got {per_device!r}")
-    devices = jax.local_devices()
+    processes = jax.process_count()
     if backend != "pmap":
         if per_device not in ("auto", backend):
             raise ValueError(
                 f"per_device={per_device!r} is for backend 'pmap'; the backend is {backend!r}"
             )
-        return Parallel(num_agents, backend, backend, (devices[0],))
+        if processes > 1:
+            raise ValueError(
+                f"backend {backend!r} is for one process, and there are {processes}; use 'pmap'"
+            )
+        return Parallel(num_agents, backend, backend, (jax.local_devices()[0],))
+    devices = jax.devices()
+    each = min(Counter(d.process_index for d in devices).values())  # devices of a process
     if num_devices is None:
-        num_devices = largest_divisor(num_agents, len(devices))
-    if not 1 <= num_devices <= len(devices):
+        if num_agents % processes:
+            raise ValueError(
+                f"{num_agents} agents cannot be spread evenly over {processes} processes; use a "
+                f"multiple of {processes} agents, or {largest_divisor(num_agents, processes)} "
+                "processes"
+            )
+        num_devices = processes * largest_divisor(num_agents // processes, each)
+    if not 1 <= num_devices <= each * processes:
         raise ValueError(
-            f"devices={num_devices} asked for, but there are {len(devices)} "
+            f"devices={num_devices} asked for, but there are {each * processes} "
             f"{devices[0].platform} devices; use at most that many"
+        )
+    if num_devices % processes:
+        raise ValueError(
+            f"devices={num_devices} is for all {processes} processes together, each with equally "
+            f"many; use a multiple of {processes}"
         )
     if num_agents % num_devices:
         fits = largest_divisor(num_agents, num_devices)
@@ -211,7 +268,12 @@ def parallel(
         )
     if per_device == "auto":
         per_device = "loop" if devices[0].platform == "cpu" else "vmap"
-    return Parallel(num_agents, backend, per_device, tuple(devices[:num_devices]))
+    chosen = [
+        device
+        for process in range(processes)
+        for device in [d for d in devices if d.process_index == process][: num_devices // processes]
+    ]
+    return Parallel(num_agents, backend, per_device, tuple(chosen))
 
 
 def largest_divisor(n: int, limit: int) -> int:
@@ -248,4 +310,4 @@ def host_callbacks_are_safe(backend: Parallel) -> bool:
     if backend.devices[0].platform != "cpu":
         return False
     threads = int(os.environ.get("PJRT_NPROC", os.cpu_count() or 1))
-    return backend.backend != "pmap" or threads >= 2 * len(backend.devices)
+    return backend.backend != "pmap" or threads >= 2 * len(backend.local_devices)

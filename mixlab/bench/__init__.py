@@ -27,7 +27,7 @@ from typing import Any
 
 from mixlab.spec import nearest
 
-BENCHMARKS = ("align", "augment", "merge")
+BENCHMARKS = ("agents", "align", "augment", "merge")
 """What `mixlab bench` can run: a module of this package with `run(options) -> Report`."""
 
 _SETTLED = "MIXLAB_BENCH_SETTLED"

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Trains with N processes on this machine; each holds its part of the agents. Arguments after N go to
+# `mixlab train`:
+#   bash launch/processes.sh 2 --config configs/quickstart.py --workdir runs/two
+# The result is that of one process. SIGTERM or Ctrl-C stops all of them, saved; where one fails, the
+# others are ended.
+#   MIXLAB_COORDINATOR=HOST:PORT   where process 0 is found (default: a free port of this machine)
+#   MIXLAB=COMMAND                 (default: .venv/bin/mixlab)
+set -euo pipefail
+if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: bash launch/processes.sh N --config FILE --workdir DIR ..." >&2
+  exit 2
+fi
+export MIXLAB_PROCESSES="$1"
+shift
+read -ra mixlab <<<"${MIXLAB:-$(dirname "$0")/../.venv/bin/mixlab}"
+export MIXLAB_COORDINATOR="${MIXLAB_COORDINATOR:-localhost:$((20000 + $$ % 10000))}"
+gpus=0
+command -v nvidia-smi >/dev/null 2>&1 && gpus="$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)"
+
+pids=()
+for ((process = 0; process < MIXLAB_PROCESSES; process++)); do
+  export MIXLAB_PROCESS="$process"
+  # One GPU a process, where there are enough; JAX would give each process all of them.
+  ((gpus < MIXLAB_PROCESSES)) || export JAX_LOCAL_DEVICE_IDS="$process"
+  "${mixlab[@]}" train "$@" &
+  pids+=($!)
+done
+# One is enough: the processes agree on the step at which they stop.
+trap 'kill -TERM "${pids[0]}" 2>/dev/null || true' TERM
+status=0
+for ((left = MIXLAB_PROCESSES; left > 0; left--)); do
+  code=0
+  wait -n || code=$?
+  while ((code > 128)) && kill -0 "${pids[0]}" 2>/dev/null && ((code == 143)); do
+    code=0
+    wait -n || code=$? # the wait was interrupted by the trap, no process has ended
+  done
+  if ((code != 0 && status == 0)); then
+    status=$code
+    sleep 5 # for the others to say why, if they know
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+  fi
+done
+exit "$status"
