@@ -41,6 +41,7 @@ def default_config() -> ConfigDict:
     config.partition = "iid"
     config.strategy = "dimat"
     config.same_init = False
+    config.start_from = config_dict.placeholder(str)  # folder of a run: its agents, cloned in turn
     config.matching_examples = 1000  # training images on which activations are compared
     # Durations. An epoch is as many steps as the mean agent needs to see its part once.
     config.pretrain_epochs = 0
