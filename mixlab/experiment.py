@@ -48,6 +48,7 @@ def default_config() -> ConfigDict:
     config.matching_data = "proxy"
     config.matching_examples = 1000
     config.faults = "none"  # see mixlab.agents.faults
+    config.start_from = config_dict.placeholder(str)  # folder of a run: its agents, cloned in turn
     # Durations. An epoch is as many steps as the mean agent needs to see its part once.
     config.pretrain_epochs = 0
     config.rounds = 10

@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mixlab import distributed, report, spec
-from mixlab.checkpoint import Checkpoints
+from mixlab.checkpoint import Checkpoints, read_agents
 from mixlab.experiment import Carry, Experiment, prepare
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
@@ -138,6 +138,12 @@ def _run(
         if (found := checkpoints.restore(like)) is not None:
             start, restored, meta = found
             carry = parallel.put(restored)
+        elif config.start_from:
+            state, totals = like
+            taken = {"variables": state.variables, "opt_state": state.opt_state}
+            taken, told = read_agents(config.start_from, taken, config.agents)
+            print(f"{title}  {told}", flush=True)
+            carry = parallel.put((state._replace(**taken), totals))
         metrics = stack.enter_context(MetricWriter(folder, meta["metrics_bytes"], start))
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)
