@@ -95,8 +95,8 @@ class Network:
         """Gives everyone what agent 0, an honest server and never late, holds.
 
         Args:
-            tree: leaves [k, ...] of the block.
-            receivers: bool [A], who it is sent to and counted for.
+            tree: as agent 0 holds it, without the agent axis; known to all blocks.
+            receivers: bool [A], to whom it is counted as sent.
             kind: see `Message`.
 
         Returns:
@@ -104,9 +104,9 @@ class Network:
         """
         into = receivers.at[0].set(False).astype(jnp.int32)
         out = jnp.zeros_like(into).at[0].set(into.sum())
-        self._count(kind, _size(tree), out, into)
-        server = jax.tree.map(lambda x: x[0], self.axis.gather(tree))
-        return self.axis.each(lambda agent: server)(self.axis.ids)
+        same = self.axis.each(lambda agent: tree)(self.axis.ids)
+        self._count(kind, _size(same), out, into)
+        return same
 
     def broadcast(
         self, tree: PyTree, kind: str = "parameters", *, num_bytes: float | None = None

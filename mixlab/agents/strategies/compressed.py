@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from mixlab.agents import compression
 from mixlab.agents.network import Network
 from mixlab.agents.parallel import Axis
-from mixlab.agents.strategies import core, tracking
+from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
 from mixlab.agents.topology import Topology
 from mixlab.types import Array, PyTree
@@ -38,7 +38,7 @@ def choco(
 
     Source: Koloskova, Stich and Jaggi, ICML 2019, algorithm 2.
     """
-    tracking.check_doubly_stochastic("choco", topology)
+    topology.require_doubly_stochastic("choco")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     small = compression.parse(compressor)

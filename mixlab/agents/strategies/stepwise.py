@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mixlab import merge, spec, trees
+from mixlab import merge as merging
+from mixlab import spec, trees
 from mixlab.agents.network import Network, neighbour_slots
-from mixlab.agents.parallel import Axis
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
 from mixlab.agents.topology import Topology
@@ -31,7 +31,7 @@ def dpsgd(
     topology: Topology,
     *,
     order: str = "combine_then_adapt",
-    merge: str | merge.MergeMethod | None = None,
+    merge: str | merging.MergeMethod | None = None,
 ) -> Strategy:
     """Decentralized SGD: each step mixes the neighbourhood's parameters and adds a local update.
 
@@ -79,7 +79,7 @@ def _combine_then_adapt(
     problem: Problem,
     state: AgentState,
     gradients: Gradients,
-    method: merge.MergeMethod | None = None,
+    method: merging.MergeMethod | None = None,
 ) -> AgentState:
     """The mixture of the neighbourhood's parameters, and the update at one's own."""
     changes, opt_state = core.updates(network, problem, state, gradients.grads)
@@ -154,9 +154,7 @@ def ldsgd(
 
     def sometimes(network: Network) -> Network:
         alone = jnp.eye(network.num_agents, dtype=network.weights.dtype)
-        return network.weighted(
-            jnp.where(_mixing(network, local, mixing), network.weights, alone)
-        )
+        return network.weighted(jnp.where(_mixing(network, local, mixing), network.weights, alone))
 
     def local_step(
         network: Network, problem: Problem, state: AgentState, gradients: Gradients
@@ -217,11 +215,10 @@ def swarm(
         network: Network, problem: Problem, state: AgentState, gradients: Gradients
     ) -> AgentState:
         draw = jax.random.randint(jax.random.fold_in(network.key, 0), (), 0, len(edges))
-        a, b = jnp.asarray(edges, jnp.int32)[
-            draw if pairs is None else network.time % len(edges)
-        ]
+        a, b = jnp.asarray(edges, jnp.int32)[draw if pairs is None else network.time % len(edges)]
         ids = network.axis.ids
-        moves = (ids == a) | (ids == b)
+        # Before the first communication all train by themselves.
+        moves = (ids == a) | (ids == b) | (network.time < 0)
         trained = core.local_step(network, problem, state, gradients)
         state = core.where(moves, trained, state)
 

@@ -78,7 +78,7 @@ def gradient_tracking(topology: Topology) -> Strategy:
     Source: Nedić, Olshevsky and Shi, SIAM J. Optim. 27(4), 2017 (DIGing); Pu and Nedić,
     Math. Programming 187, 2021 (stochastic gradients).
     """
-    check_doubly_stochastic("gradient_tracking", topology)
+    topology.require_doubly_stochastic("gradient_tracking")
 
     def init(axis: Axis, problem: Problem, state: AgentState) -> AgentState:
         zeros = jax.tree.map(jnp.zeros_like, state.variables["params"])
@@ -101,12 +101,3 @@ def gradient_tracking(topology: Topology) -> Strategy:
         return state._replace(variables=core.mix_variables(network, state.variables))
 
     return Strategy("gradient_tracking", "step", init, local_step, communicate)
-
-
-def check_doubly_stochastic(name: str, topology: Topology) -> None:
-    """Raises a `ValueError` where mixing would move the mean of the agents."""
-    if not topology.doubly_stochastic:
-        raise ValueError(
-            f"{name} needs doubly stochastic weights, but the columns of {topology.name} do not "
-            f"sum to one; on an undirected graph use weights='metropolis'"
-        )
