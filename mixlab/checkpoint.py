@@ -239,7 +239,7 @@ def _read_agents(path: str | Path, like: PyTree, num_agents: int) -> PyTree:
     tree, is_run = _read(path)
     if not is_run:
         raise ValueError(f"{path} is a model, not a run; give the folder of a run")
-    there = dict(trees.named_leaves({name: tree[0].get(name) for name in like}))
+    there = dict(trees.named_leaves({name: tree["state"].get(name) for name in like}))
     wanted = [(name, leaf) for name, leaf in trees.named_leaves(like) if leaf is not None]
     names = {name for name, _ in wanted}
     held = {name for name, leaf in there.items() if leaf is not None}
@@ -272,7 +272,7 @@ def read_models(path: str | Path) -> list[PyTree]:
         ValueError: nothing there can be read; the message says what can.
     """
     tree, is_run = _read(path)
-    return trees.unstack(tree[0]["variables"]) if is_run else [tree]
+    return trees.unstack(tree["state"]["variables"]) if is_run else [tree]
 
 
 def _read(path: str | Path) -> tuple[PyTree, bool]:

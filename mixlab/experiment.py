@@ -139,6 +139,8 @@ class Experiment(NamedTuple):
         topology: with whom.
         feed: what they read.
         init: `init() -> carry`, in the layout of `parallel`.
+        adopt: `adopt(carry, taken) -> carry` begins with other variables and optimizer states,
+            `taken`, by name.
         step: `step(carry, held, step) -> carry`; the old carry's memory is reused. Before the
             first round nobody mixes and nobody fails.
         communicate: `communicate(carry, round) -> carry`.
@@ -159,6 +161,7 @@ class Experiment(NamedTuple):
     topology: agents.Topology
     feed: data.Feed
     init: Callable[[], Carry]
+    adopt: Callable[[Carry, PyTree], Carry]
     step: Callable[[Carry, PyTree, int], Carry]
     communicate: Callable[[Carry, int], Carry]
     match: Callable[[Carry, int], PyTree] | None
@@ -395,7 +398,12 @@ def prepare(config: ConfigDict) -> Experiment:
         messages, outbox = jax.tree.map(blank, (shapes.messages, shapes.outbox))
         return carry._replace(messages=messages, outbox=outbox)
 
+    def adopt(axis: agents.Axis, carry: Carry, taken: PyTree, shared: PyTree) -> Carry:
+        state = strategy.init(axis, problem, carry.state._replace(**taken))
+        return carry._replace(state=state)
+
     run_start = parallel.compile(start)
+    run_adopt = parallel.compile(adopt)
     run_step = parallel.compile(step, donate=True)
     run_communicate = parallel.compile(communicate)
     run_match = parallel.compile(match)
@@ -477,6 +485,7 @@ def prepare(config: ConfigDict) -> Experiment:
         topology=topology,
         feed=feed,
         init=lambda: run_start(parallel.put(np.arange(config.agents)), {}, shared),
+        adopt=lambda carry, taken: run_adopt(carry, taken, {}),
         step=run,
         communicate=lambda carry, number: run_communicate(carry, own_images, in_round(number)),
         match=(

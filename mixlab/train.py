@@ -139,11 +139,10 @@ def _run(
             start, restored, meta = found
             carry = parallel.put(restored)
         elif config.start_from:
-            state, totals = like
-            taken = {"variables": state.variables, "opt_state": state.opt_state}
-            taken, told = read_agents(config.start_from, taken, config.agents)
+            wanted = {name: getattr(like.state, name) for name in ("variables", "opt_state")}
+            taken, told = read_agents(config.start_from, wanted, config.agents)
             print(f"{title}  {told}", flush=True)
-            carry = parallel.put((state._replace(**taken), totals))
+            carry = experiment.adopt(carry, parallel.put(taken))
         metrics = stack.enter_context(MetricWriter(folder, meta["metrics_bytes"], start))
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)
