@@ -606,7 +606,7 @@ def _until_connected(name: str, draw: Callable[[], np.ndarray], hint: str) -> To
 def erdos_renyi(n: int, p: float, seed: int = 0, *, weights: str = "metropolis") -> Topology:
     """A random graph: each pair is joined with probability p, drawn anew until connected.
 
-    The name says which draw was taken. (Erdős and Rényi 1959; Gilbert 1959.)
+    The name says which draw was taken, if not the first. (Erdős and Rényi 1959; Gilbert 1959.)
 
     Args:
         n: number of agents.
