@@ -7,12 +7,15 @@ Every method is a function of its hyper-parameters that returns a `MergeMethod`:
 
 A method has two halves, `measure` (decide) and `combine` (apply, leaf by leaf). Methods on task
 vectors are chains of stages: `merge.chain(merge.trim(0.2), merge.reduce("mean"))`. Integer, bool
-and None leaves are copied from the base, never averaged; `merge.report` tells which.
+and None leaves are copied from the base, never averaged; `merge.report` tells which. Against faulty
+models, others can be mixed before they are merged: `merge.nnm(2) | merge.krum(2)`.
 
 `emr` and `tall_masks` give a model for each that goes in, stacked along a leading axis M, and
 `twin` merges by a router's weights. `merge.compress` keeps what they need of the M models, and
 `merge.save_compressed` and `merge.load_compressed` keep that in a file.
 """
+
+from typing import Any
 
 from mixlab import spec
 from mixlab.merge.adapters import apply_lora, extract_lora, merge_lora
@@ -31,18 +34,22 @@ from mixlab.merge.curvature import diagonal_fisher, fisher
 from mixlab.merge.flag_aggregator import flag
 from mixlab.merge.masks import MaskedVector, MaskMethod, consensus, emr, tall_masks
 from mixlab.merge.patterns import by_depth
+from mixlab.merge.preaggregation import PreAggregation, arc, bucketing, clipping, nnm
 from mixlab.merge.regression import grams, regmean, regmean_plus_plus
 from mixlab.merge.reports import report, table
 from mixlab.merge.robust import (
     bulyan,
+    caf,
     centered_clipping,
     geometric_median,
     krum,
     mda,
     meamed,
     median,
+    monna,
     multi_krum,
     phocas,
+    smea,
     trimmed_mean,
 )
 from mixlab.merge.rules import reconcile
@@ -76,25 +83,31 @@ from mixlab.merge.twin import CompressedTwin, TwinMethod, twin
 
 __all__ = [
     "METHODS",
+    "PREAGGREGATIONS",
     "STAGES",
     "CompressedMasks",
     "CompressedTwin",
     "MaskMethod",
     "MaskedVector",
     "MergeMethod",
+    "PreAggregation",
     "Stage",
     "TaskVectors",
     "TwinMethod",
     "apply_lora",
+    "arc",
     "arcee_fusion",
     "average",
     "balance",
     "band",
     "breadcrumbs",
+    "bucketing",
     "bulyan",
     "by_depth",
+    "caf",
     "centered_clipping",
     "chain",
+    "clipping",
     "compress",
     "compressed_sizes",
     "consensus",
@@ -125,9 +138,11 @@ __all__ = [
     "median",
     "merge_lora",
     "model_stock",
+    "monna",
     "multi_krum",
     "multislerp",
     "nearswap",
+    "nnm",
     "nuslerp",
     "parse",
     "pcb",
@@ -146,6 +161,7 @@ __all__ = [
     "sce",
     "select",
     "slerp",
+    "smea",
     "swa",
     "table",
     "tall_masks",
@@ -166,6 +182,7 @@ METHODS = {
         average,
         breadcrumbs,
         bulyan,
+        caf,
         centered_clipping,
         consensus,
         dare,
@@ -185,6 +202,7 @@ METHODS = {
         meamed,
         median,
         model_stock,
+        monna,
         multi_krum,
         multislerp,
         nearswap,
@@ -196,6 +214,7 @@ METHODS = {
         regmean,
         sce,
         slerp,
+        smea,
         swa,
         tall_masks,
         task_arithmetic,
@@ -228,18 +247,35 @@ STAGES = {
 """Every stage by its name."""
 
 
+PREAGGREGATIONS = {make.__name__: make for make in (arc, bucketing, clipping, nnm)}
+"""Every pre-aggregation by its name."""
+
+
 def parse(text: str | MergeMethod) -> MergeMethod:
     """The method that a text describes.
 
     Args:
-        text: a method, `"ties(density=0.2)"`, or a chain of stages,
-            `"trim(0.2) | reduce('mean') | rescale(0.3)"`; a `MergeMethod` passes through.
+        text: a method, `"ties(density=0.2)"`; a chain of stages,
+            `"trim(0.2) | reduce('mean') | rescale(0.3)"`; one of these after pre-aggregations,
+            `"nnm(2) | krum(2)"`. A `MergeMethod` passes through.
 
     Raises:
-        ValueError: the text does not parse or names something unknown.
+        ValueError: the text does not parse or names something unknown, or there is nothing after
+            a pre-aggregation.
         TypeError: an argument that the method does not take; methods joined by `|`.
     """
     if isinstance(text, MergeMethod):
         return text
-    made = spec.parse(text, METHODS | STAGES, combine=chain)
-    return chain(made) if isinstance(made, Stage) else made
+    made = _join(spec.parse(text, METHODS | STAGES | PREAGGREGATIONS, combine=_join))
+    if isinstance(made, PreAggregation):
+        raise ValueError(
+            f"{text!r} makes no model yet: let a method follow, as in 'nnm(2) | krum(2)'"
+        )
+    return made
+
+
+def _join(first: Any, *rest: Any) -> Any:
+    """Pre-aggregations, and then the one method or the chain of stages."""
+    if isinstance(first, PreAggregation):
+        return first | _join(*rest) if rest else first
+    return chain(first, *rest) if rest or isinstance(first, Stage) else first

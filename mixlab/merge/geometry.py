@@ -6,6 +6,7 @@ under `jit` and `vmap`; any other aggregation can call them.
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -96,18 +97,76 @@ def bulyan_picks(distances: Array, num_byzantine: int) -> Array:
     return picks.astype(distances.dtype)
 
 
+def nearest_weights(distances: Array, count: int) -> Array:
+    """The weights `[M, M]` that average, for each model, the `count` nearest, itself among them.
+
+    Models that are not finite come last, and so have no part where there are enough others.
+    """
+    largest = jnp.finfo(distances.dtype).max
+    ranked = jnp.where(_finite(distances), jnp.minimum(distances, largest), jnp.inf)
+    rows = jnp.argsort(ranked, axis=1, stable=True)[:, :count]
+    every = jnp.arange(len(distances))[:, None]
+    return jnp.zeros_like(distances).at[every, rows].set(1 / count)
+
+
 def mda_weights(distances: Array, num_byzantine: int) -> Array:
     """The weights `[M]` that average the n - f models of the least largest distance."""
+    return _best_subset(distances, num_byzantine, jnp.max)
+
+
+def smea_weights(distances: Array, num_byzantine: int) -> Array:
+    """The weights `[M]` that average the n - f models that vary least in the worst direction.
+
+    Args:
+        distances: squared, `[M, M]`.
+        num_byzantine: f.
+    """
+
+    def variance(among: Array) -> Array:
+        weights = jnp.full(len(among), 1 / len(among), among.dtype)
+        largest = jnp.max(among)
+        scale = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+        unit = _centred(jnp.where(jnp.isfinite(among), among / scale, 0), weights)
+        return jnp.where(jnp.isfinite(largest), jnp.linalg.eigvalsh(unit)[-1] * scale, jnp.inf)
+
+    return _best_subset(distances, num_byzantine, variance)
+
+
+def caf_weights(distances: Array, num_byzantine: int) -> Array:
+    """The weights `[M]`, of sum one, of the covariance-bound agnostic filter.
+
+    Args:
+        distances: squared, `[M, M]`.
+        num_byzantine: f.
+    """
     num_models = len(distances)
-    size = num_models - num_byzantine
-    subsets = np.array(list(itertools.combinations(range(num_models), size)), np.int32)
+    finite = _finite(distances)
+    distances = _without(~finite, distances)
 
-    def diameter(subset: Array) -> Array:
-        return jnp.max(distances[subset][:, subset])
+    def step(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        counts, best, variance = state
+        weights = counts / jnp.maximum(jnp.sum(counts), 1e-6)
+        gram = _centred(distances, weights)
+        root = jnp.sqrt(weights)
+        # The covariance of the models has the eigenvalues of this matrix, and its eigenvectors are
+        # mixtures of the models by these.
+        values, vectors = jnp.linalg.eigh(root[:, None] * gram * root)
+        running = jnp.sum(counts) > num_models - 2 * num_byzantine
+        better = running & (values[-1] < variance)
+        along = jnp.square(jnp.matmul(gram, root * vectors[:, -1], precision="highest"))
+        along = jnp.where(counts > 0, along, 0)
+        farthest = jnp.max(along)
+        left = counts * jnp.maximum(1 - along / jnp.where(farthest > 0, farthest, 1), 0)
+        return (
+            jnp.where(running, left, counts),
+            jnp.where(better, weights, best),
+            jnp.where(better, values[-1], variance),
+        )
 
-    diameters = jax.lax.map(diameter, jnp.asarray(subsets), batch_size=min(len(subsets), 1024))
-    chosen = jnp.asarray(subsets)[jnp.argmin(diameters)]
-    return jnp.zeros(num_models, distances.dtype).at[chosen].set(1 / size)
+    # Every step takes the last weight of a model, so that there are no more than 2f of them.
+    counts = finite.astype(distances.dtype)
+    start = (counts, counts / jnp.maximum(jnp.sum(counts), 1), jnp.asarray(jnp.inf, counts.dtype))
+    return jax.lax.fori_loop(0, 2 * num_byzantine, step, start)[1]
 
 
 def weiszfeld(
@@ -161,6 +220,32 @@ def garfield_picks(distances: Array, num_byzantine: int) -> Array:
         size = num_models - num_byzantine - 2 - i
         pick[i : i + size] = 1 / size
     return jnp.zeros(picks.shape, distances.dtype).at[:, order].set(picks)
+
+
+def _best_subset(distances: Array, num_byzantine: int, spread: Callable[[Array], Array]) -> Array:
+    """The weights `[M]` that average the n - f models of least `spread` of their distances."""
+    num_models = len(distances)
+    size = num_models - num_byzantine
+    subsets = np.array(list(itertools.combinations(range(num_models), size)), np.int32)
+
+    def of(subset: Array) -> Array:
+        return spread(distances[subset][:, subset])
+
+    spreads = jax.lax.map(of, jnp.asarray(subsets), batch_size=min(len(subsets), 1024))
+    chosen = jnp.asarray(subsets)[jnp.argmin(spreads)]
+    return jnp.zeros(num_models, distances.dtype).at[chosen].set(1 / size)
+
+
+def _finite(distances: Array) -> Array:
+    """Which models are finite, `[M]`: those at a finite distance from the one in the middle."""
+    return jnp.isfinite(distances[jnp.argmin(jnp.median(distances, axis=1))])
+
+
+def _centred(distances: Array, weights: Array) -> Array:
+    """The Gram matrix around the weighted mean, of squared distances; `weights` have sum one."""
+    to_mean = jnp.matmul(distances, weights, precision="highest")
+    of_mean = jnp.vdot(weights, to_mean, precision="highest")
+    return (to_mean[:, None] + to_mean - of_mean - distances) / 2
 
 
 def _squares_around(gram: Array, w: Array) -> Array:

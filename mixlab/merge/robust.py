@@ -175,12 +175,12 @@ def bulyan(num_byzantine: int, *, variant: str = "published") -> core.MergeMetho
     section 4.
     """
     core.check_choice(variant, "variant", ("published", "garfield"))
-    _check_faulty(num_byzantine)
+    check_faulty(num_byzantine)
     garfield = variant == "garfield"
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         leaves = core.open_models(models, base).leaves
-        _check_enough(leaves.num_models, num_byzantine, "bulyan", 4, 3)
+        check_enough(leaves.num_models, num_byzantine, "bulyan", 4, 3)
         distances = geometry.squared_distances(leaves)
         if garfield:
             return {"picks": geometry.garfield_picks(jnp.sqrt(distances), num_byzantine)}
@@ -216,14 +216,90 @@ def mda(num_byzantine: int) -> core.MergeMethod:
     """
 
     def decide(distances: Array) -> Plan:
-        num_models = len(distances)
-        _check_enough(num_models, num_byzantine, "mda", 2, 1)
-        if (count := math.comb(num_models, num_byzantine)) > _MOST_SUBSETS:
-            raise ValueError(
-                f"mda tries every subset of n - f models, here {count} of them, and stops above "
-                f"{_MOST_SUBSETS}; use multi_krum, or fewer models"
-            )
+        _check_subsets(len(distances), num_byzantine, "mda")
         return {"weights": geometry.mda_weights(distances, num_byzantine)}
+
+    return _distance_rule(num_byzantine, decide)
+
+
+def smea(num_byzantine: int) -> core.MergeMethod:
+    """The mean of those n - f models that vary least (smallest maximum eigenvalue averaging).
+
+    Of all subsets of n - f models it is the one whose covariance has the smallest largest
+    eigenvalue; of equal ones the first counts, in lexicographic order. n and f must be small. The
+    gradient of the merge takes the subset as given. The plan holds the weights `[M]`.
+
+    Args:
+        num_byzantine: f, how many models may be faulty; n >= 2f + 1.
+
+    Raises:
+        ValueError: f is not an integer of at least 0; at the merge: it is too large, or there are
+            more than 100,000 subsets.
+
+    Source: Allouah et al. 2023, "On the Privacy-Robustness-Utility Trilemma in Distributed
+    Learning", section 4.
+    """
+
+    def decide(distances: Array) -> Plan:
+        _check_subsets(len(distances), num_byzantine, "smea")
+        given = jax.lax.stop_gradient(distances)
+        return {"weights": geometry.smea_weights(given, num_byzantine)}
+
+    return _distance_rule(num_byzantine, decide)
+
+
+def caf(num_byzantine: int) -> core.MergeMethod:
+    """A weighted mean of models that vary little (covariance-bound agnostic filter).
+
+    Again and again, models lose weight with the square of their distance from the weighted mean
+    along the direction in which they vary most, the farthest one all of it, until the sum of
+    weights has fallen from n to n - 2f. Of the means on the way it is the one around which the
+    largest variance was smallest. The direction is exact; ByzFL takes one power iteration from a
+    random start. The gradient of the merge takes the weights as given. The plan holds the weights
+    `[M]`.
+
+    Args:
+        num_byzantine: f, how many models may be faulty; n >= 2f + 1.
+
+    Raises:
+        ValueError: f is not an integer of at least 0; at the merge: it is too large.
+
+    Source: Allouah et al. 2025, "Towards Trustworthy Federated Learning with Untrusted
+    Participants", algorithm 2.
+    """
+
+    def decide(distances: Array) -> Plan:
+        check_enough(len(distances), num_byzantine, "caf", 2, 1)
+        given = jax.lax.stop_gradient(distances)
+        return {"weights": geometry.caf_weights(given, num_byzantine)}
+
+    return _distance_rule(num_byzantine, decide)
+
+
+def monna(num_byzantine: int, *, trusted: int = 0) -> core.MergeMethod:
+    """The mean of the n - f models nearest to a trusted one, that one among them.
+
+    Between agents the trusted model is one's own. The plan holds the weights `[M]`.
+
+    Args:
+        num_byzantine: f, how many models may be faulty; n >= 2f + 1.
+        trusted: the place of the trusted model among the others, from 0.
+
+    Raises:
+        ValueError: f is not an integer of at least 0; at the merge: it is too large, or there is
+            no such model.
+
+    Source: Farhadkhani et al. 2023, "Robust Collaborative Learning with Linear Gradient Overhead",
+    section 3 (nearest neighbour averaging).
+    """
+
+    def decide(distances: Array) -> Plan:
+        num_models = len(distances)
+        check_enough(num_models, num_byzantine, "monna", 2, 1)
+        if not 0 <= trusted < num_models:
+            raise ValueError(f"trusted must lie between 0 and {num_models - 1}, got {trusted}")
+        nearest = geometry.nearest_weights(distances, num_models - num_byzantine)
+        return {"weights": nearest[trusted]}
 
     return _distance_rule(num_byzantine, decide)
 
@@ -255,7 +331,7 @@ def geometric_median(
     Weiszfeld 1937.
     """
     _check_iterations(iterations)
-    _check_positive(nu, "nu")
+    check_positive(nu, "nu")
     core.check_choice(start, "start", ("mean", "origin"))
     core.check_weights(weights, signed=False)
 
@@ -296,7 +372,7 @@ def centered_clipping(radius: ArrayLike, iterations: int = 1) -> core.MergeMetho
     section 4; their centre is the aggregate of the round before.
     """
     _check_iterations(iterations)
-    _check_positive(radius, "radius")
+    check_positive(radius, "radius")
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         gram = geometry.inner_products(geometry.task_vectors(core.open_models(models, base)))
@@ -310,7 +386,7 @@ def _krum(
 ) -> core.MergeMethod:
     def decide(distances: Array) -> Plan:
         num_models = len(distances)
-        _check_enough(num_models, num_byzantine, name, 2, 3)
+        check_enough(num_models, num_byzantine, name, 2, 3)
         default = num_models - num_byzantine - 2
         nearest = default if neighbours is None else neighbours
         best = default if m is None else m
@@ -326,11 +402,11 @@ def _coordinate_rule(
     name: str, num_byzantine: int, rule: Callable[[list[Array]], Array]
 ) -> core.MergeMethod:
     """A method that makes one value of the M values of an entry, given in ascending order."""
-    _check_faulty(num_byzantine)
+    check_faulty(num_byzantine)
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         num_models = core.open_models(models, base).leaves.num_models
-        _check_enough(num_models, num_byzantine, name, 2, 1)
+        check_enough(num_models, num_byzantine, name, 2, 1)
         return {}
 
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
@@ -346,7 +422,7 @@ def _coordinate_rule(
 
 def _distance_rule(num_byzantine: int, decide: Callable[[Array], Plan]) -> core.MergeMethod:
     """A method whose weights follow from the squared distances between the models."""
-    _check_faulty(num_byzantine)
+    check_faulty(num_byzantine)
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         return decide(geometry.squared_distances(core.open_models(models, base).leaves))
@@ -406,14 +482,25 @@ def _mean_around(centre: Array, values: list[Array], count: int) -> Array:
     return functools.reduce(jnp.add, kept) / count
 
 
-def _check_faulty(num_byzantine: int) -> None:
+def check_faulty(num_byzantine: int) -> None:
+    """Raises a `ValueError` unless f is an integer of at least 0."""
     if isinstance(num_byzantine, bool) or not isinstance(num_byzantine, int | np.integer):
         raise ValueError(f"num_byzantine must be an integer, got {num_byzantine!r}")
     if num_byzantine < 0:
         raise ValueError(f"num_byzantine must be at least 0, got {num_byzantine}")
 
 
-def _check_enough(num_models: int, num_byzantine: int, name: str, times: int, plus: int) -> None:
+def _check_subsets(num_models: int, num_byzantine: int, name: str) -> None:
+    check_enough(num_models, num_byzantine, name, 2, 1)
+    if (count := math.comb(num_models, num_byzantine)) > _MOST_SUBSETS:
+        raise ValueError(
+            f"{name} tries every subset of n - f models, here {count} of them, and stops above "
+            f"{_MOST_SUBSETS}; use multi_krum, or fewer models"
+        )
+
+
+def check_enough(num_models: int, num_byzantine: int, name: str, times: int, plus: int) -> None:
+    """Raises a `ValueError` in the name of `name` unless n is at least `times` f + `plus`."""
     if num_models < times * num_byzantine + plus:
         raise ValueError(
             f"{name} needs n >= {times}f + {plus}: with f = {num_byzantine} faulty models at least "
@@ -432,7 +519,8 @@ def _check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
 
 
-def _check_positive(value: ArrayLike, name: str) -> None:
+def check_positive(value: ArrayLike, name: str) -> None:
+    """Raises a `ValueError` unless a concrete number is finite and above 0."""
     core.check_finite(value, name, 0.0)
     if not isinstance(value, jax.core.Tracer) and value == 0:
         raise ValueError(f"{name} must be above 0, got 0")

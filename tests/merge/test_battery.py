@@ -69,6 +69,7 @@ ROWS = {
     "average": Row("average"),
     "breadcrumbs": Row("breadcrumbs(density=0.5, gamma=0.1)", needs_base=True),
     "bulyan": Row("bulyan(num_byzantine=1)", num_models=7),
+    "caf": Row("caf(num_byzantine=1)", num_models=5, tolerance=1e-4),
     "centered_clipping": Row("centered_clipping(radius=2.0, iterations=30)"),
     "consensus": Row("consensus(k=2, lam=0.4)", needs_base=True),
     "dare": Row(
@@ -90,6 +91,7 @@ ROWS = {
     "meamed": Row("meamed(num_byzantine=1)", num_models=4),
     "median": Row("median", num_models=4),
     "model_stock": Row("model_stock", needs_base=True),
+    "monna": Row("monna(num_byzantine=1)", num_models=4, symmetric=False),
     "multi_krum": Row("multi_krum(num_byzantine=1)", num_models=5),
     "multislerp": Row("multislerp"),
     "nearswap": Row("nearswap(t=0.5)", num_models=1, into_base=True, needs_base=True),
@@ -100,6 +102,7 @@ ROWS = {
     "ram_plus": Row("ram_plus(epsilon=0.5)", needs_base=True),
     "regmean": Row("regmean(off_diagonal=0.9)", inputs=grams),
     "sce": Row("sce(select_topk=0.5)", needs_base=True),
+    "smea": Row("smea(num_byzantine=1)", num_models=4),
     "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
     "swa": Row("swa"),
     "tall_masks": Row("tall_masks(lam=0.4)", needs_base=True, per_model=True),

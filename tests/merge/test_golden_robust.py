@@ -129,6 +129,17 @@ def test_byzfl(case, f):
         "CenteredClipping": merge.centered_clipping(10),
         "MDA": merge.mda(f),
         "Meamed": merge.meamed(f),
+        "MoNNA": merge.monna(f, trusted=n - 1),
+        "CAF": merge.caf(f),
+        "SMEA": merge.smea(f),
     }
     for name, found in merged(methods, rows).items():
-        np.testing.assert_allclose(found, v[f"{case}/{name}"], rtol=0, atol=5e-6, err_msg=name)
+        # ByzFL's CAF looks for its directions from random starts, which were not recorded; what
+        # the first f models, the faulty ones, leave in a plain mean is far above this.
+        atol = 0.25 if name == "CAF" else 5e-6
+        np.testing.assert_allclose(found, v[f"{case}/{name}"], rtol=0, atol=atol, err_msg=name)
+    mixings = {"NNM": merge.nnm(f), "Clipping_c2": merge.clipping(2.0), "ARC": merge.arc(f)}
+    run = jax.jit(lambda models: {name: mixing(models) for name, mixing in mixings.items()})
+    for name, models in run(leaves(jnp.asarray(rows))).items():
+        found = [joined(model) for model in models]
+        np.testing.assert_allclose(found, v[f"{case}/pre_{name}"], rtol=0, atol=5e-6, err_msg=name)

@@ -37,6 +37,22 @@ def test_against_the_restatement():
         "multi_krum m": (merge.multi_krum(3, 2), reference.multi_krum(ROWS, 3, 2)),
         "bulyan": (merge.bulyan(1), reference.bulyan(ROWS, 1)),
         "mda": (merge.mda(3), reference.mda(ROWS, 3)),
+        "smea": (merge.smea(3), reference.smea(ROWS, 3)),
+        "caf": (merge.caf(3), reference.caf(ROWS, 3)),
+        "monna": (merge.monna(2, trusted=3), reference.nnm(ROWS, 2)[3]),
+        "nnm": (merge.nnm(2) | merge.average(), reference.nnm(ROWS, 2).mean(axis=0)),
+        "clipping": (
+            merge.clipping(1.5) | merge.average(),
+            BASE + reference.clipped(ROWS - BASE, 1.5).mean(axis=0),
+        ),
+        "arc": (
+            merge.arc(2) | merge.median(),
+            np.median(BASE + reference.arc(ROWS - BASE, 2), axis=0),
+        ),
+        "twice": (
+            merge.arc(2) | merge.nnm(2) | merge.krum(2),
+            reference.krum(reference.nnm(BASE + reference.arc(ROWS - BASE, 2), 2), 2),
+        ),
         "trimmed_mean": (merge.trimmed_mean(4), np.median(ROWS, axis=0)),
         "phocas": (
             merge.phocas(3),
@@ -74,6 +90,10 @@ TWO_FAULTY = {
     "krum": merge.krum(2),
     "multi_krum": merge.multi_krum(2),
     "mda": merge.mda(2),
+    "smea": merge.smea(2),
+    "caf": merge.caf(2),
+    "monna": merge.monna(2, trusted=5),
+    "nnm": merge.nnm(2) | merge.trimmed_mean(2),
     "geometric_median": merge.geometric_median(),
 }
 
@@ -122,6 +142,13 @@ def test_too_many_faulty_models_are_an_error_that_states_the_rule():
         merge.multi_krum(1): "multi_krum needs n >= 2f [+] 3",
         merge.bulyan(1): "bulyan needs n >= 4f [+] 3.* at least 7 models, got n = 4",
         merge.mda(2): "mda needs n >= 2f [+] 1",
+        merge.smea(2): "smea needs n >= 2f [+] 1",
+        merge.caf(2): "caf needs n >= 2f [+] 1",
+        merge.monna(2): "monna needs n >= 2f [+] 1",
+        merge.monna(1, trusted=4): "trusted must lie between 0 and 3, got 4",
+        merge.nnm(2) | merge.average(): "nnm needs n >= 2f [+] 1",
+        merge.arc(2) | merge.average(): "arc needs n >= 2f [+] 1",
+        merge.bucketing(2) | merge.average(): "bucketing is random: give the merge a key=",
         merge.trimmed_mean(2): "trimmed_mean needs n >= 2f [+] 1",
         merge.phocas(2): "phocas needs n >= 2f [+] 1",
         merge.meamed(2): "meamed needs n >= 2f [+] 1",
@@ -148,3 +175,41 @@ def test_zero_and_equal_task_vectors():
             step = (ROWS[0] - BASE) * float(rows is not None and np.any(rows[3] != BASE))
             step = step / 4 if keep else step / max(np.linalg.norm(step), 1e-9) / 3
             np.testing.assert_allclose(found, BASE + step, atol=1e-5)
+
+
+def test_buckets_are_of_all_models_once():
+    rows = np.eye(5, dtype=np.float32)
+    mix = merge.bucketing(2)
+    found = np.stack([joined(m) for m in mix(model(rows), key=jax.random.key(0))])
+    assert sorted(np.count_nonzero(found, axis=1)) == [1, 2, 2]
+    np.testing.assert_array_equal(np.sum(found > 0, axis=0), 1)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    other = np.stack([joined(m) for m in mix(model(rows), key=jax.random.key(1))])
+    assert not np.array_equal(found, other)
+
+
+def test_pre_aggregations_in_text_and_on_every_kind_of_leaf():
+    models = [
+        {"w": jnp.ones(2, jnp.bfloat16) * i, "n": jnp.int32(i), "none": None} for i in range(5)
+    ]
+    base = models[0]
+    for text in (
+        "nnm(1) | krum(1)",
+        "clipping(radius=2.0) | bucketing | nnm(1) | median",
+        "arc(1) | trim(0.5) | reduce('mean')",
+    ):
+        method = merge.parse(text)
+        run = jax.jit(lambda many, key, method=method: method(many, base=base, key=key))
+        found = run(models, jax.random.key(0))
+        assert found["w"].dtype == jnp.bfloat16
+        assert 0 < found["w"][0] < 4
+        assert found["n"] == 0
+        assert found["none"] is None
+    in_a_list = [[m["w"], m["n"]] for m in models]
+    assert type((merge.nnm(1) | merge.average())(in_a_list)) is list
+    with pytest.raises(ValueError, match="makes no model yet: let a method follow"):
+        merge.parse("nnm(2)")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        merge.nnm(1) | merge.emr()
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        merge.bucketing(0)

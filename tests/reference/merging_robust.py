@@ -102,3 +102,42 @@ def flag(rows, rank, lam, start, iterations):
             return before
         best = error
     return y
+
+
+def krum(rows, f):
+    return rows[krum_order(rows, f)[0]]
+
+
+def smea(rows, f):
+    def variance(subset):
+        return np.linalg.eigvalsh(np.cov(rows[list(subset)].T))[-1]
+
+    subsets = itertools.combinations(range(len(rows)), len(rows) - f)
+    return rows[list(min(subsets, key=variance))].mean(axis=0)
+
+
+def caf(rows, f):
+    c, best, least = np.ones(len(rows)), None, np.inf
+    while c.sum() > len(rows) - 2 * f:
+        mean = np.average(rows, axis=0, weights=c)
+        values, vectors = np.linalg.eigh(np.cov(rows.T, aweights=c, ddof=0))
+        if values[-1] < least:
+            best, least = mean, values[-1]
+        tau = np.square((rows - mean) @ vectors[:, -1])
+        c = c * (1 - tau / tau[c > 0].max()).clip(0)
+    return best
+
+
+def nnm(rows, f):
+    order = np.argsort(squared_distances(rows), axis=1)[:, : len(rows) - f]
+    return rows[order].mean(axis=1)
+
+
+def clipped(rows, radius):
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows * np.minimum(1, radius / norms)
+
+
+def arc(rows, f):
+    norms = np.sort(np.linalg.norm(rows, axis=1))
+    return clipped(rows, norms[len(rows) - int(2 * f / len(rows) * (len(rows) - f)) - 1])
