@@ -300,7 +300,7 @@ def test_data_parallel_starts_from_agent_0_optimizer_state_included():
         tasks.assert_trees(tasks.agent(found, i), tasks.agent(state, 0), 0, 0)
 
 
-@pytest.mark.parametrize("opt_state", ("keep", "reset", "permute"))
+@pytest.mark.parametrize("opt_state", ["keep", "reset", "permute"])
 def test_wa_and_the_optimizer_state(opt_state):
     optimizer = tasks.adam()
     state = tasks.start(vectors(4), optimizer, 4)
