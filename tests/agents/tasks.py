@@ -131,6 +131,11 @@ def network(axis, topology, weights=None, **others):
     return agents.Network(axis, jnp.asarray(weights, jnp.float32), topology.adjacency, **given)
 
 
+def axis(num_agents):
+    """All agents as one block, for calls outside of compiled programs."""
+    return agents.Axis(jnp.arange(num_agents), jax.vmap, lambda tree: tree)
+
+
 def over(where, fn, *states, shared=()):
     """`fn(axis, *states, *shared)` on the backend `where`; states and result have leaves [A, ...].
 

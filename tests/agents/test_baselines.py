@@ -89,3 +89,28 @@ def test_steps_as_recorded(name, graph):
     rtol, atol = (1e-3, 1e-5) if text == "cga" else (2e-5, 1e-6)
     found = steps(text, graph, **options)
     np.testing.assert_allclose(found, vectors()[f"{graph}/{name}"], rtol, atol)
+
+
+@pytest.mark.parametrize("case", ["choco_ring", "choco_star"])
+def test_choco_as_recorded(case):
+    """What is added to the parameters in a round is recorded: the update of SGD at rate one."""
+    v = golden.load("decentral/public_extra")
+    edges = np.argwhere(np.triu(v[f"{case}/adj"]))
+    topology = agents.from_edges(A, edges, weights="metropolis")
+    alpha, gamma = (float(v[f"{case}/{name}"]) for name in ("alpha", "gamma"))
+    strategy = agents.choco(topology, compressor=f"top_k({alpha})", gamma=gamma)
+    problem = agents.Problem(optax.sgd(1.0))
+
+    def step(axis, state, added, shared):
+        grads = {"x": -added}
+        found = agents.Gradients(grads, None, {}, lambda variables, batch: grads)
+        return strategy.local_step(tasks.network(axis, topology), problem, state, found)
+
+    where = agents.parallel(A, "vmap")
+    program = where.compile(step)
+    state = tasks.start({"params": {"x": v[f"{case}/X0"]}}, problem.optimizer, A)
+    state = where.put(tasks.over(A, lambda axis, s: strategy.init(axis, problem, s), state))
+    for added, expected in zip(v[f"{case}/U"], v[f"{case}/X"], strict=True):
+        state = program(state, where.put(added), ())
+        found = where.get(state.variables["params"]["x"])
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)

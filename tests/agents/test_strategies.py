@@ -13,22 +13,30 @@ from mixlab.agents import strategies
 from tests.agents import tasks
 from tests.reference import decentral
 
-STRATEGIES = ("none", "data_parallel", "wa", "dpsgd", "dimat(opt_state='permute')")
+STRATEGIES = ("data_parallel", "wa", "dimat(opt_state='permute')")
 
 
 # ---------------------------------------------------------------- backends
 
 
-def short_run(strategy, problem, gradients, axis, state, batches, weights):
+def short_run(strategy, topology, problem, gradients, axis, state, batches):
     """`init`, a local step for each batch, and one communication: the state before and after."""
 
-    def step(state, batch):
+    weights = topology.mixing_matrix(strategy.rule)
+
+    def step(carry, batch):
+        state, time = carry
+        key = jax.random.fold_in(jax.random.key(7), time)
+        net = tasks.network(axis, topology, weights, key=key, time=time)
         grads, stats = axis.each(gradients)(state.variables, batch)
-        return strategy.local_step(axis, problem, state, grads, stats, weights), None
+        found = agents.Gradients(grads, stats, batch, lambda v, b: gradients(v, b)[0])
+        return (strategy.local_step(net, problem, state, found), time + 1), None
 
     by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
-    state, _ = jax.lax.scan(step, strategy.init(axis, state), by_step)
-    return state, strategy.communicate(axis, problem, state, weights)
+    start = strategy.init(axis, problem, state), jnp.int32(0)
+    (state, _), _ = jax.lax.scan(step, start, by_step)
+    net = tasks.network(axis, topology, weights)
+    return state, strategy.communicate(net, problem, state)
 
 
 @functools.cache
@@ -37,10 +45,9 @@ def mlp_run(text, num_agents, backend, num_devices=None):
     strategy, problem = agents.parse(text, topology), tasks.mlp_problem()
     return tasks.over(
         agents.parallel(num_agents, backend, num_devices=num_devices),
-        functools.partial(short_run, strategy, problem, tasks.mlp_gradients),
+        functools.partial(short_run, strategy, topology, problem, tasks.mlp_gradients),
         tasks.start(tasks.mlps(num_agents), problem.optimizer, num_agents),
         tasks.batches(num_agents, (tasks.FEATURES,), steps=2),
-        shared=[np.float32(topology.weights)],
     )
 
 
@@ -52,19 +59,60 @@ def test_every_backend_gives_the_same(text, layout):
     tasks.assert_trees(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def pull(variables, batch):
+    """The gradient of half the squared distance to the batch; statistics are the parameters."""
+    params = variables["params"]
+    return jax.tree.map(lambda x, c: x - c, params, batch), {"mean": 2 * params["w"][0]}
+
+
+def vector_run(text, backend, num_devices=None):
+    topology = agents.star(4)
+    strategy = agents.parse(text, topology)
+    problem = agents.Problem(strategy.optimizer(optax.sgd(0.1)))
+    batches = [vectors(4, seed)["params"] for seed in (1, 2)]
+    return tasks.over(
+        agents.parallel(4, backend, num_devices=num_devices),
+        functools.partial(short_run, strategy, topology, problem, pull),
+        tasks.start(vectors(4), problem.optimizer, 4),
+        jax.tree.map(lambda *x: np.stack(x, axis=1), *batches),
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dpsgd(order='adapt_then_combine', merge='median')",
+        "ldsgd(local=1, mixing=1)",
+        "swarm",
+        "cga",
+        "sgp",
+        "gradient_tracking",
+        "choco('random_k(0.5)')",
+        "fedprox(fraction=0.5)",
+        "diloco",
+    ],
+)
+def test_every_backend_gives_the_same_vectors(text):
+    """Two agents run by `loop` on each of two devices, and four run by `vmap` on one."""
+    found, expected = vector_run(text, "pmap", 2), vector_run(text, "vmap")
+    tasks.assert_trees(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_every_backend_gives_the_same_with_batch_norm():
     """Two agents run by `loop` on each of two devices, and four run by `vmap` on one."""
     topology = agents.ring(4)
     problem, variables = tasks.cnn_problem()
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: x + 0.3 * rng.random((4, *x.shape), np.float32), variables)
+    run = functools.partial(
+        short_run, agents.dimat(topology), topology, problem, tasks.cnn_gradients
+    )
     found, expected = (
         tasks.over(
             where,
-            functools.partial(short_run, agents.dimat(topology), problem, tasks.cnn_gradients),
+            run,
             tasks.start(variables, problem.optimizer, 4),
             tasks.batches(4, (4, 4, 1), 2),
-            shared=[np.float32(topology.weights)],
         )
         for where in (agents.parallel(4, num_devices=2), agents.parallel(4, "vmap"))
     )
@@ -99,17 +147,19 @@ def vectors(num_agents, seed=0):
 @functools.cache
 def compiled(name, num_agents):
     """`local_step` and `communicate` of a strategy on vectors, compiled once for all matrices."""
-    strategy = agents.parse(name, agents.complete(num_agents))
+    topology = agents.complete(num_agents)
+    strategy = agents.parse(name, topology)
     where = agents.parallel(num_agents, "vmap")
     calls = []
 
     def step(axis, state, held, weights):
         calls.append("step")
-        return strategy.local_step(axis, PLAIN, state, *held, weights)
+        found = agents.Gradients(*held, {}, lambda variables, batch: variables["params"])
+        return strategy.local_step(tasks.network(axis, topology, weights), PLAIN, state, found)
 
     def communicate(axis, state, held, weights):
         calls.append("communicate")
-        return strategy.communicate(axis, PLAIN, state, weights)
+        return strategy.communicate(tasks.network(axis, topology, weights), PLAIN, state)
 
     programs = {"step": where.compile(step), "communicate": where.compile(communicate)}
 
@@ -187,14 +237,11 @@ def test_rounds_are_local_training_between_merges(name):
 
 
 def test_when_strategies_communicate():
-    when = {name: agents.parse(name, agents.ring(4)).every for name in strategies.STRATEGIES}
-    assert when == {
-        "none": "never",
-        "data_parallel": "always",
-        "wa": "round",
-        "dpsgd": "step",
-        "dimat": "round",
-    }
+    by_round = {"wa", "gossip", "dimat", "fedavg", "fedprox", "fedavgm", "fedadam", "diloco"}
+    for name in strategies.STRATEGIES:
+        every = agents.parse(name, agents.complete(4)).every
+        otherwise = {"none": "never", "data_parallel": "always"}.get(name, "step")
+        assert every == ("round" if name in by_round else otherwise), name
 
 
 def test_data_parallel_averages_gradients_and_statistics():
@@ -212,15 +259,15 @@ def test_data_parallel_averages_gradients_and_statistics():
 def test_data_parallel_is_one_model_on_the_mean_gradient():
     num_agents, steps = 4, 3
     problem = tasks.mlp_problem(tasks.adam())
-    strategy = agents.parse("data_parallel", agents.disconnected(num_agents))
+    topology = agents.disconnected(num_agents)
+    strategy = agents.parse("data_parallel", topology)
     batches = tasks.batches(num_agents, (tasks.FEATURES,), steps)
     state = tasks.start(tasks.mlps(num_agents), problem.optimizer, num_agents)
     found, communicated = tasks.over(
         num_agents,
-        functools.partial(short_run, strategy, problem, tasks.mlp_gradients),
+        functools.partial(short_run, strategy, topology, problem, tasks.mlp_gradients),
         state,
         batches,
-        shared=[np.eye(num_agents, dtype=np.float32)],
     )
 
     @jax.jit
@@ -247,12 +294,13 @@ def test_data_parallel_starts_from_agent_0_optimizer_state_included():
     optimizer = optax.contrib.schedule_free(optax.sgd(0.1), learning_rate=0.1)
     state = tasks.start(vectors(3), optimizer, 3)
     strategy = agents.data_parallel(agents.ring(3))
-    found = tasks.over(3, strategy.init, state)
+    problem = agents.Problem(optimizer)
+    found = tasks.over(3, lambda axis, state: strategy.init(axis, problem, state), state)
     for i in range(3):
         tasks.assert_trees(tasks.agent(found, i), tasks.agent(state, 0), 0, 0)
 
 
-@pytest.mark.parametrize("opt_state", strategies.OPT_STATE_AT_MERGE)
+@pytest.mark.parametrize("opt_state", ["keep", "reset", "permute"])
 def test_wa_and_the_optimizer_state(opt_state):
     optimizer = tasks.adam()
     state = tasks.start(vectors(4), optimizer, 4)
@@ -261,16 +309,17 @@ def test_wa_and_the_optimizer_state(opt_state):
         count=np.arange(4, dtype=np.int32), mu=vectors(4, 1)["params"], nu=vectors(4, 2)["params"]
     )
     state = state._replace(opt_state=(adam, rest))
-    weights = agents.ring(4).weights
-    strategy = agents.wa(agents.ring(4), opt_state=opt_state)
+    topology = agents.ring(4)
+    strategy = agents.wa(topology, opt_state=opt_state)
     problem = agents.Problem(optimizer=optimizer)
     found = tasks.over(
         4,
-        lambda axis, state, w: strategy.communicate(axis, problem, state, w),
+        lambda axis, state: strategy.communicate(tasks.network(axis, topology), problem, state),
         state,
-        shared=[np.float32(weights)],
     )
-    mixed = jax.tree.map(lambda x: np.float32(decentral.mix(weights, x)), (adam.mu, adam.nu))
+    mixed = jax.tree.map(
+        lambda x: np.float32(decentral.mix(topology.weights, x)), (adam.mu, adam.nu)
+    )
     expected = {
         "keep": (adam, rest),
         "reset": jax.tree.map(np.zeros_like, (adam, rest)),
@@ -283,7 +332,8 @@ def test_wa_and_the_optimizer_state(opt_state):
 
 
 def test_mix_keeps_integers_and_none_and_computes_narrow_floats_in_float32():
-    weights = agents.ring(4).weights
+    topology = agents.ring(4)
+    weights = topology.weights
     tree = {
         "int": np.arange(8, dtype=np.int32).reshape(4, 2),
         "bool": np.array([True, False, True, True]),
@@ -291,9 +341,7 @@ def test_mix_keeps_integers_and_none_and_computes_narrow_floats_in_float32():
         "scalar": np.float32([1, 2, 3, 4]),
         "half": jnp.asarray([[1.0], [2.0], [256.0], [3.0]], jnp.bfloat16),
     }
-    found = tasks.over(
-        4, lambda axis, tree, w: strategies.mix(axis, w, tree), tree, shared=[weights]
-    )
+    found = tasks.over(4, lambda axis, tree: tasks.network(axis, topology).mix(tree), tree)
     for name in ("int", "bool"):
         np.testing.assert_array_equal(found[name], tree[name])
         assert found[name].dtype == tree[name].dtype
@@ -325,47 +373,97 @@ TO_NEIGHBOURS = {
 }
 
 
+def traffic(text, topology, *, communicate=False, opt_state=(), **network):
+    """Bytes that a step or a communication counts as sent and received: `{kind: [A, 2]}`."""
+    num_agents = topology.num_agents
+    axis, strategy = tasks.axis(num_agents), agents.parse(text, topology)
+    problem = agents.Problem(strategy.optimizer(optax.sgd(0.1)))
+    start = tasks.start(vectors(num_agents), problem.optimizer, num_agents)
+    start = start._replace(opt_state=opt_state or start.opt_state)
+    messages = []
+
+    @jax.jit  # which leaves out all but the counting
+    def counts(state):
+        state = strategy.init(axis, problem, state)
+        net = tasks.network(axis, topology, topology.mixing_matrix(strategy.rule), **network)
+        if communicate:
+            strategy.communicate(net, problem, state)
+        else:
+            batch = state.variables["params"]
+            grads, stats = axis.each(pull)(state.variables, batch)
+            found = agents.Gradients(grads, stats, batch, lambda v, b: pull(v, b)[0])
+            strategy.local_step(net, problem, state, found)
+        messages.extend(net.messages)
+        return net.received()[0]
+
+    found = np.asarray(counts(start)).swapaxes(0, 1)
+    total = {}
+    for message, count in zip(messages, found, strict=True):
+        total[message.kind] = total.get(message.kind, 0) + count * message.num_bytes
+    return total
+
+
 @pytest.mark.parametrize("graph", TO_NEIGHBOURS)
 def test_bytes_are_those_of_the_models_sent(graph):
     topology, expected = TO_NEIGHBOURS[graph]
-    num_agents = topology.num_agents
-    moments = {"mu": jnp.zeros((num_agents, 5)), "count": jnp.zeros(num_agents, jnp.int32)}
-    state = agents.AgentState(vectors(num_agents), moments, jnp.full(num_agents, -1))
-    nothing = np.zeros(num_agents)
-    for name, per_step, per_round in (
-        ("none", nothing, nothing),
-        ("wa", nothing, expected),
-        ("dimat", nothing, expected),
-        ("dpsgd", expected, nothing),
-        # An all-reduce around a ring, whatever the topology; statistics are averaged too.
-        ("data_parallel", np.full(num_agents, 2 * (num_agents - 1) / num_agents * 40), nothing),
-    ):
-        strategy = agents.parse(name, topology)
-        np.testing.assert_allclose(strategy.sent_per_step(state), per_step, err_msg=name)
-        np.testing.assert_allclose(strategy.sent_per_round(state), per_round, err_msg=name)
+    for name, communicate in (("wa", True), ("dpsgd", False)):
+        assert not traffic(name, topology, communicate=not communicate) or name == "dpsgd"
+        found = traffic(name, topology, communicate=communicate)
+        sent = {kind: amount[:, 0].tolist() for kind, amount in found.items()}
+        assert sent == {
+            "parameters": [0.7 * x for x in expected],
+            "statistics": [0.3 * x for x in expected],
+        }
+        assert all(amount[:, 0].sum() == amount[:, 1].sum() for amount in found.values())
+
+
+# An agent's parameters are 28 bytes, its statistics 12; in a ring it has two neighbours.
+PER_STEP = {
+    "none": {},
+    "data_parallel": {"gradients": 2 * 4 / 5 * 28, "statistics": 2 * 4 / 5 * 12},
+    "cdmsgd": {"parameters": 56, "statistics": 24},
+    "cga": {"parameters": 112, "gradients": 56, "statistics": 24},
+    # The weight of push-sum is one float more.
+    "sgp": {"parameters": 64, "statistics": 24},
+    "gradient_tracking": {"parameters": 56, "gradients": 56, "statistics": 24},
+    # Four of seven floats, and a bit for each of the seven.
+    "choco('top_k(0.5)')": {"parameters": 2 * 17, "statistics": 24},
+    "ldsgd(local=1, mixing=1)": {"parameters": 0, "statistics": 0},
+}
+
+
+@pytest.mark.parametrize("text", PER_STEP)
+def test_bytes_of_a_step(text):
+    found = traffic(text, agents.ring(5))
+    assert set(found) == set(PER_STEP[text])
+    for kind, expected in PER_STEP[text].items():
+        np.testing.assert_allclose(found[kind], np.full((5, 2), expected), err_msg=kind)
+
+
+def test_bytes_of_those_who_meet_or_serve():
+    found = traffic("swarm(pairs=[[1, 2]])", agents.ring(5))
+    np.testing.assert_array_equal(found["parameters"][:, 0], [0, 28, 28, 0, 0])
+    found = traffic("ldsgd(local=1, mixing=1)", agents.ring(5), time=jnp.int32(1))
+    np.testing.assert_array_equal(found["statistics"], np.full((5, 2), 24))
+    # Clients send to the hub, which sends back.
+    found = traffic("fedavg", agents.star(5), communicate=True)
+    np.testing.assert_array_equal(found["parameters"], [[112, 112]] + [[28, 28]] * 4)
+    np.testing.assert_array_equal(found["statistics"], [[48, 48]] + [[12, 12]] * 4)
 
 
 def test_bytes_count_narrow_leaves_as_narrow():
-    topology = agents.ring(4)
-    variables = {"params": {"w": jnp.zeros((4, 10), jnp.bfloat16)}}
-    state = agents.AgentState(variables, (), jnp.full(4, -1))
-    assert agents.wa(topology).sent_per_round(state).tolist() == [40.0] * 4
-    laid_out = agents.parallel(4, num_devices=2).put(state)
-    assert agents.wa(topology).sent_per_round(laid_out).tolist() == [40.0] * 4
+    tree = {"w": jnp.zeros((4, 10), jnp.bfloat16), "count": jnp.zeros(4, jnp.int32)}
+    net = tasks.network(tasks.axis(4), agents.ring(4))
+    net.mix(tree)
+    assert [message.num_bytes for message in net.messages] == [20]
 
 
 def test_moments_that_are_mixed_are_sent_too():
-    state = agents.AgentState(
-        {"params": {"w": jnp.zeros((4, 10))}},
-        {"mu": jnp.zeros((4, 10)), "nu": jnp.zeros((4, 10)), "count": jnp.zeros(4, jnp.int32)},
-        jnp.full(4, -1),
-    )
-    for make in (agents.wa, agents.dimat):
-        sent = {
-            choice: make(agents.ring(4), opt_state=choice).sent_per_round(state).tolist()
-            for choice in ("keep", "reset", "permute")
-        }
-        assert sent == {"keep": [80.0] * 4, "reset": [80.0] * 4, "permute": [240.0] * 4}
+    moments = {"mu": jnp.zeros((4, 10)), "nu": jnp.zeros((4, 10)), "count": jnp.zeros(4, jnp.int32)}
+    for choice, expected in (("keep", 56), ("permute", 56 + 160)):
+        text = f"wa(opt_state={choice!r})"
+        found = traffic(text, agents.ring(4), communicate=True, opt_state=moments)
+        np.testing.assert_array_equal(found["parameters"], np.full((4, 2), expected))
 
 
 # ---------------------------------------------------------------- errors
@@ -380,5 +478,20 @@ def test_what_cannot_be_built_is_refused():
     for text in ("wa(opt_state='permutate')", "dimat(opt_state='permutate')"):
         with pytest.raises(ValueError, match=r"opt_state='permutate'.*did you mean 'permute'"):
             agents.parse(text, topology)
+    with pytest.raises(ValueError, match=r"order='adapt'.*adapt_then_combine"):
+        agents.parse("dpsgd(order='adapt')", topology)
+    with pytest.raises(ValueError, match=r"local >= 0 and mixing >= 1.*got 1 and 0"):
+        agents.ldsgd(topology, local=1, mixing=0)
+    with pytest.raises(ValueError, match=r"two different agents of the 4, got \[\[0, 4\]\]"):
+        agents.swarm(topology, pairs=[[0, 4]])
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1"):
+        agents.cdmsgd(topology, momentum=1)
+    directed = agents.ring(4, directed=True)
+    with pytest.raises(ValueError, match=r"cga needs neighbours that answer.*undirected"):
+        agents.cga(directed)
+    with pytest.raises(ValueError, match=r"swarm needs edges that go both ways"):
+        agents.swarm(directed)
+    with pytest.raises(ValueError, match=r"projection='gem'.*dimat"):
+        agents.cga(topology, projection="gem")
     strategy = agents.dpsgd(topology)
     assert agents.parse(strategy, topology) is strategy

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from mixlab import spec
 from mixlab.agents.strategies.averaging import dimat, gossip, wa
 from mixlab.agents.strategies.basic import data_parallel, none
+from mixlab.agents.strategies.compressed import choco
 from mixlab.agents.strategies.consensus import Consensus, consensus
 from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
 from mixlab.agents.strategies.federated import diloco, fedadam, fedavg, fedavgm, fedprox
@@ -30,6 +31,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "cga": cga,
     "sgp": sgp,
     "gradient_tracking": gradient_tracking,
+    "choco": choco,
     "fedavg": fedavg,
     "fedprox": fedprox,
     "fedavgm": fedavgm,
@@ -62,6 +64,7 @@ __all__ = [
     "cdmsgd",
     "cdsgd",
     "cga",
+    "choco",
     "consensus",
     "data_parallel",
     "diloco",

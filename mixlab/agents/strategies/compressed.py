@@ -14,8 +14,8 @@ from mixlab.types import Array, PyTree
 
 def choco(
     topology: Topology,
-    *,
     compressor: str | compression.Compressor = "top_k(0.1)",
+    *,
     gamma: float = 0.4,
 ) -> Strategy:
     """CHOCO-SGD: agents gossip over public copies of themselves, kept up to date by small messages.
