@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mixlab import distributed, report, spec
-from mixlab.checkpoint import Checkpoints
+from mixlab.checkpoint import Checkpoints, read_agents
 from mixlab.experiment import Carry, Experiment, prepare
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
@@ -138,6 +138,11 @@ def _run(
         if (found := checkpoints.restore(like)) is not None:
             start, restored, meta = found
             carry = parallel.put(restored)
+        elif config.start_from:
+            wanted = {name: getattr(like.state, name) for name in ("variables", "opt_state")}
+            taken, told = read_agents(config.start_from, wanted, config.agents)
+            print(f"{title}  {told}", flush=True)
+            carry = experiment.adopt(carry, parallel.put(taken))
         metrics = stack.enter_context(MetricWriter(folder, meta["metrics_bytes"], start))
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)

@@ -5,6 +5,7 @@ averages. Here faults act (an agent that is late, a message that is tampered wit
 message is counted, so that no strategy has to know of either.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -83,6 +84,29 @@ class Network:
         none = jnp.zeros((*self.axis.ids.shape, 0, 2), jnp.int32)
         counts = jnp.stack(self._counts, axis=1) if self._counts else none
         return counts, tuple(self._sent)
+
+    def weighted(self, weights: Array) -> "Network":
+        """The same network with other weights [A, A]; what it sends is counted here too."""
+        other = copy.copy(self)
+        other.weights = weights
+        return other
+
+    def download(self, tree: PyTree, receivers: Array, kind: str = "parameters") -> PyTree:
+        """Gives everyone what agent 0, an honest server and never late, holds.
+
+        Args:
+            tree: as agent 0 holds it, without the agent axis; known to all blocks.
+            receivers: bool [A], to whom it is counted as sent.
+            kind: see `Message`.
+
+        Returns:
+            Leaves [k, ...], every agent's the same.
+        """
+        into = receivers.at[0].set(False).astype(jnp.int32)
+        out = jnp.zeros_like(into).at[0].set(into.sum())
+        same = self.axis.each(lambda agent: tree)(self.axis.ids)
+        self._count(kind, _size(same), out, into)
+        return same
 
     def broadcast(
         self, tree: PyTree, kind: str = "parameters", *, num_bytes: float | None = None
@@ -299,7 +323,7 @@ class Network:
                 tree = jax.tree.map(lambda old, x: jnp.where(_along(late, x), old, x), before, tree)
             self._sent.append((tree, jnp.ones(self.axis.ids.shape, bool)))
         everyone = self.axis.gather(tree)
-        if self.attack is None:
+        if self.attack is None or self.byzantine is None:
             return everyone
         return self.attack(jax.random.fold_in(self.key, number), everyone, self.byzantine)
 

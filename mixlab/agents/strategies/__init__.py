@@ -11,6 +11,9 @@ from mixlab.agents.strategies.averaging import dimat, gossip, wa
 from mixlab.agents.strategies.basic import data_parallel, none
 from mixlab.agents.strategies.consensus import Consensus, consensus
 from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
+from mixlab.agents.strategies.federated import diloco, fedadam, fedavg, fedavgm, fedprox
+from mixlab.agents.strategies.stepwise import cdmsgd, cdsgd, cga, dpsgd, ldsgd, swarm
+from mixlab.agents.strategies.tracking import gradient_tracking, sgp
 from mixlab.agents.topology import Topology
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
@@ -19,6 +22,19 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "wa": wa,
     "gossip": gossip,
     "dimat": dimat,
+    "dpsgd": dpsgd,
+    "cdsgd": cdsgd,
+    "cdmsgd": cdmsgd,
+    "ldsgd": ldsgd,
+    "swarm": swarm,
+    "cga": cga,
+    "sgp": sgp,
+    "gradient_tracking": gradient_tracking,
+    "fedavg": fedavg,
+    "fedprox": fedprox,
+    "fedavgm": fedavgm,
+    "fedadam": fedadam,
+    "diloco": diloco,
 }
 
 
@@ -43,11 +59,24 @@ __all__ = [
     "Gradients",
     "Problem",
     "Strategy",
+    "cdmsgd",
+    "cdsgd",
+    "cga",
     "consensus",
     "data_parallel",
+    "diloco",
     "dimat",
+    "dpsgd",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "fedprox",
     "gossip",
+    "gradient_tracking",
+    "ldsgd",
     "none",
     "parse",
+    "sgp",
+    "swarm",
     "wa",
 ]

@@ -1,0 +1,389 @@
+"""Strategies that mix parameters within the steps of local training.
+
+As with all strategies here, BatchNorm stays in training mode: gradients are those of normalised
+batches, and the running statistics are mixed as the parameters are. (The published comparisons of
+DIMAT froze it for these baselines by accident.)
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mixlab import merge as merging
+from mixlab import spec, trees
+from mixlab.agents.network import Network, neighbour_slots
+from mixlab.agents.strategies import core
+from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
+from mixlab.agents.topology import Topology
+from mixlab.types import Array, PyTree
+
+ORDERS = ("combine_then_adapt", "adapt_then_combine")
+PROJECTIONS = ("dimat", "cone")
+# Of CGA's quadratic programs; flat ones, of more neighbours than entries, need hundreds.
+_ITERATIONS = 2000
+
+
+def dpsgd(
+    topology: Topology,
+    *,
+    order: str = "combine_then_adapt",
+    merge: str | merging.MergeMethod | None = None,
+) -> Strategy:
+    """Decentralized SGD: each step mixes the neighbourhood's parameters and adds a local update.
+
+    `x_i <- sum_j W_ij x_j + update_i`, or, adapt then combine, `x_i <- sum_j W_ij (x_j +
+    update_j)`, with updates at one's own x_i by any optimizer in the place of plain SGD.
+
+    Args:
+        topology: who receives from whom, and the weights.
+        order: "combine_then_adapt" (D-PSGD, CDSGD) or "adapt_then_combine" (diffusion).
+        merge: a robust rule in the place of the weighted sum: `"median"`, `"krum(f=1)"`, ...
+
+    Raises:
+        ValueError: an unknown order.
+
+    Source: Lian et al., NeurIPS 2017, algorithm 1; for the orders Cattivelli and Sayed, IEEE
+    Trans. Signal Processing 58(3), 2010.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} of mixing and update; {spec.nearest(order, ORDERS)}")
+    method = core.method_of(merge)
+    combine_first = order == "combine_then_adapt"
+
+    def local_step(
+        network: Network, problem: Problem, state: AgentState, gradients: Gradients
+    ) -> AgentState:
+        if combine_first:
+            return _combine_then_adapt(network, problem, state, gradients, method)
+        state = core.local_step(network, problem, state, gradients)
+        return state._replace(variables=core.mix_variables(network, state.variables, method))
+
+    def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
+        return state._replace(variables=core.mix_variables(network, state.variables, method))
+
+    return Strategy(
+        "dpsgd",
+        "step",
+        core.nothing_before,
+        local_step,
+        communicate if combine_first else core.stay,
+    )
+
+
+def _combine_then_adapt(
+    network: Network,
+    problem: Problem,
+    state: AgentState,
+    gradients: Gradients,
+    method: merging.MergeMethod | None = None,
+) -> AgentState:
+    """The mixture of the neighbourhood's parameters, and the update at one's own."""
+    changes, opt_state = core.updates(network, problem, state, gradients.grads)
+    seen = core.with_model(state, state.variables["params"], gradients.batch_stats)
+    mixed = core.mix_variables(network, seen.variables, method)
+    mixed["params"] = optax.apply_updates(mixed["params"], changes)
+    return state._replace(variables=mixed, opt_state=opt_state)
+
+
+def cdsgd(topology: Topology) -> Strategy:
+    """Consensus-based distributed SGD: `x_i <- sum_j W_ij x_j - lr g_i(x_i)`.
+
+    It is `dpsgd` with combine then adapt, which appeared in the same year.
+
+    Source: Jiang et al., NeurIPS 2017, "Collaborative deep learning in fixed topology networks",
+    algorithm 1.
+    """
+    return dpsgd(topology)._replace(name="cdsgd")
+
+
+def cdmsgd(topology: Topology, *, momentum: float = 0.9) -> Strategy:
+    """CDSGD with Nesterov momentum, which every agent keeps to itself.
+
+    `v_i <- momentum v_i + g_i`, `x_i <- sum_j W_ij x_j - lr (g_i + momentum v_i)`. The momentum
+    comes before the configured optimizer, which should be plain SGD.
+
+    Source: Jiang et al., NeurIPS 2017, algorithm 2; the form is that of DIMAT's baseline.
+    """
+    _check_momentum(momentum)
+    return cdsgd(topology)._replace(
+        name="cdmsgd", optimizer=functools.partial(_with_momentum, momentum, True)
+    )
+
+
+def _check_momentum(momentum: float) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+
+
+def _with_momentum(
+    momentum: float, nesterov: bool, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    return optax.chain(optax.trace(momentum, nesterov=nesterov), optimizer)
+
+
+def _mixing(network: Network, local: int, mixing: int) -> Array:
+    """Whether this step, of cycles of `local` steps and then `mixing` steps, mixes: bool."""
+    return network.time % (local + mixing) >= local
+
+
+def _check_cycle(local: int, mixing: int) -> None:
+    if local < 0 or mixing < 1:
+        raise ValueError(f"a cycle has local >= 0 and mixing >= 1 steps, got {local} and {mixing}")
+
+
+def ldsgd(
+    topology: Topology, *, local: int = 10, mixing: int = 20, momentum: float = 0.9
+) -> Strategy:
+    """Local decentralized SGD: cycles of steps without communication, then steps of CDMSGD.
+
+    Args:
+        topology: who receives from whom, and the weights.
+        local: I1 >= 0, steps at the begin of a cycle that do not mix.
+        mixing: I2 >= 1, the steps after them, which do.
+        momentum: Nesterov, see `cdmsgd`.
+
+    Source: Li, Yang, Wang and Zhang 2019, "Communication-efficient local decentralized SGD
+    methods"; the momentum and the defaults are of DIMAT's baseline.
+    """
+    _check_cycle(local, mixing)
+    plain = cdmsgd(topology, momentum=momentum)
+
+    def sometimes(network: Network) -> Network:
+        alone = jnp.eye(network.num_agents, dtype=network.weights.dtype)
+        return network.weighted(jnp.where(_mixing(network, local, mixing), network.weights, alone))
+
+    def local_step(
+        network: Network, problem: Problem, state: AgentState, gradients: Gradients
+    ) -> AgentState:
+        return plain.local_step(sometimes(network), problem, state, gradients)
+
+    return plain._replace(name="ldsgd", local_step=local_step)
+
+
+def swarm(
+    topology: Topology,
+    *,
+    local: int = 0,
+    mixing: int = 1,
+    momentum: float = 0.9,
+    pairs: Sequence[tuple[int, int]] | np.ndarray | None = None,
+) -> Strategy:
+    """SwarmSGD: in every step the two agents of one edge train, then average their models.
+
+    All others stand still, so A agents need A / 2 times the steps of the other strategies. An
+    agent that does not hear from its partner keeps its own model.
+
+    Args:
+        topology: the edges, of which one is drawn evenly in each step.
+        local: steps at the begin of a cycle in which the two only train.
+        mixing: the steps after them, in which they average too.
+        momentum: heavy ball, kept to oneself, before the configured optimizer.
+        pairs: the edges to take instead, [T, 2], over again when they are used up.
+
+    Raises:
+        ValueError: a topology without edges that go both ways, or pairs that are none.
+
+    Source: Nadiradze et al., NeurIPS 2021, "Asynchronous decentralized SGD with quantized and
+    local updates", algorithm 1 without quantisation; the cycles are of DIMAT's baseline.
+    """
+    _check_cycle(local, mixing)
+    _check_momentum(momentum)
+    if pairs is None:
+        edges = np.argwhere(np.triu(topology.adjacency & topology.adjacency.T))
+        if not len(edges):
+            raise ValueError(f"swarm needs edges that go both ways, {topology.name} has none")
+    else:
+        edges = np.asarray(pairs, np.int32)
+        if (
+            edges.ndim != 2
+            or edges.shape[1] != 2
+            or not len(edges)
+            or edges.min() < 0
+            or edges.max() >= topology.num_agents
+            or (edges[:, 0] == edges[:, 1]).any()
+        ):
+            raise ValueError(
+                f"pairs must be [T, 2], each two different agents of the "
+                f"{topology.num_agents}, got {pairs}"
+            )
+
+    def local_step(
+        network: Network, problem: Problem, state: AgentState, gradients: Gradients
+    ) -> AgentState:
+        draw = jax.random.randint(jax.random.fold_in(network.key, 0), (), 0, len(edges))
+        a, b = jnp.asarray(edges, jnp.int32)[draw if pairs is None else network.time % len(edges)]
+        ids = network.axis.ids
+        # Before the first communication all train by themselves.
+        moves = (ids == a) | (ids == b) | (network.time < 0)
+        trained = core.local_step(network, problem, state, gradients)
+        state = core.where(moves, trained, state)
+
+        # Replayed pairs need not be edges of the graph, whose weights say nothing of them.
+        outside = ~(jnp.asarray(network.adjacency)[[a, b], [b, a]])
+        reached = _mixing(network, local, mixing) & (
+            (network.weights[jnp.stack([a, b]), jnp.stack([b, a])] > 0) | outside
+        )
+        pair = jnp.zeros_like(network.weights)
+        pair = pair.at[jnp.stack([a, b]), jnp.stack([b, a])].set(
+            jnp.where(reached, 0.5, 0.0).astype(pair.dtype)
+        )
+        everyone = core.broadcast_variables(network.weighted(pair), state.variables)
+        partner = jnp.where(ids == a, b, a)
+
+        def leaf(own: Array, arrived: Array) -> Array:
+            if not trees.is_inexact(own):
+                return own
+            wide = trees.wide(own.dtype)
+            return ((own.astype(wide) + arrived[partner].astype(wide)) / 2).astype(own.dtype)
+
+        met = jax.tree.map(leaf, state.variables, everyone)
+        average = pair[ids, partner] > 0
+        return state._replace(variables=core.where(average, met, state.variables))
+
+    return Strategy(
+        "swarm",
+        "step",
+        core.nothing_before,
+        local_step,
+        core.stay,
+        optimizer=functools.partial(_with_momentum, momentum, False),
+    )
+
+
+def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat") -> Strategy:
+    """Cross-gradient aggregation: the neighbours say how one's model does on their data.
+
+    Every agent sends its parameters to its neighbours, which send back the gradient of their
+    batch at these. With q the own gradient times W_ii, and rows M_j of the returned ones times
+    W_ij, the direction is `q + M^T v`, parameter by parameter, with which a step of `cdmsgd` is
+    made. It costs 1 + degree gradients a step.
+
+    Args:
+        topology: who receives from whom, and the weights; its edges go both ways.
+        momentum: Nesterov, see `cdmsgd`.
+        projection: how v is found. "dimat": least `|M^T v - q|^2` for v <= 1/2, as in the
+            published runs. "cone": least `|M^T v + q|^2` for v >= 0, as in the paper; the
+            direction then is the one nearest to q that no neighbour's gradient opposes.
+
+    Raises:
+        ValueError: an edge that goes one way, or an unknown projection.
+
+    Source: Esfandiari et al., ICML 2021, algorithm 1; Lopez-Paz and Ranzato, NeurIPS 2017 (GEM).
+    """
+    if projection not in PROJECTIONS:
+        raise ValueError(f"projection={projection!r}; {spec.nearest(projection, PROJECTIONS)}")
+    if (topology.adjacency != topology.adjacency.T).any():
+        raise ValueError(
+            f"cga needs neighbours that answer, but {topology.name} has edges that go one way; "
+            f"use an undirected graph"
+        )
+    plain = cdmsgd(topology, momentum=momentum)
+
+    def local_step(
+        network: Network, problem: Problem, state: AgentState, gradients: Gradients
+    ) -> AgentState:
+        slots, valid = neighbour_slots(network.adjacency)
+        others, real = slots[:, 1:], valid[:, 1:]
+        # As which neighbour of j agent i is answered, for j the neighbour of i in slot s.
+        mine = np.argmax(others[others] == np.arange(len(others))[:, None, None], axis=2)
+        if not others.shape[1]:
+            return plain.local_step(network, problem, state, gradients)
+
+        everyone = network.broadcast(state.variables["params"], "parameters")
+
+        def answers(agent: Array, variables: PyTree, batch: PyTree) -> PyTree:
+            def answer(other: Array) -> PyTree:
+                params = jax.tree.map(lambda x: x[other], everyone)
+                return gradients.of({**variables, "params": params}, batch)
+
+            asked = jnp.asarray(others)[agent]
+            return trees.stack([answer(asked[s]) for s in range(others.shape[1])])
+
+        ids = network.axis.ids
+        sent = network.axis.each(answers)(ids, state.variables, gradients.batch)
+        one = trees.num_bytes(gradients.grads) / len(ids)
+        crossed = network.broadcast(sent, "gradients", num_bytes=one)
+
+        def direction(agent: Array, own: PyTree) -> PyTree:
+            js = jnp.asarray(others)[agent]
+            row = jnp.where(jnp.asarray(real)[agent], network.weights[agent][js], 0.0)
+            got = jax.tree.map(lambda x: x[js, jnp.asarray(mine)[agent]], crossed)
+            return _cross(own, got, network.weights[agent, agent], row, projection)
+
+        grads = network.axis.each(direction)(ids, gradients.grads)
+        return plain.local_step(network, problem, state, gradients._replace(grads=grads))
+
+    return plain._replace(name="cga", local_step=local_step)
+
+
+def _cross(own: PyTree, got: PyTree, weight: Array, row: Array, projection: str) -> PyTree:
+    """The direction of CGA of one agent.
+
+    Args:
+        own: the own gradient.
+        got: the gradients from the neighbours, leaves [n, ...].
+        weight: of oneself.
+        row: [n], of the neighbours; those of whom nothing came have zero.
+        projection: see `cga`.
+    """
+    leaves, treedef = jax.tree.flatten(own)
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    q = [weight * leaf.ravel().astype(jnp.float32) for leaf in leaves]
+    rows = [
+        row[:, None] * leaf.reshape(len(row), -1).astype(jnp.float32)
+        for leaf in jax.tree.leaves(got)
+    ]
+    gram = jnp.stack([dot(m, m.T) for m in rows])
+    target = jnp.stack([dot(m, x) for m, x in zip(rows, q, strict=True)])
+    # With v = -u, the cone's program is the other one with the bound zero.
+    sign, bound = (1.0, 0.5) if projection == "dimat" else (-1.0, 0.0)
+    v = sign * _least_squares_below(gram, target, bound)
+    return treedef.unflatten(
+        [
+            (x + dot(u, m)).reshape(leaf.shape).astype(leaf.dtype)
+            for x, u, m, leaf in zip(q, v, rows, leaves, strict=True)
+        ]
+    )
+
+
+def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
+    """Minimises `u^T gram u / 2 - target^T u` subject to `u <= bound`, for T problems at once.
+
+    Accelerated projected gradients that start anew where momentum leads uphill (O'Donoghue and
+    Candès 2015, "Adaptive restart for accelerated gradient schemes"), the rows scaled to norm 1.
+
+    Args:
+        gram: [T, n, n], positive semidefinite.
+        target: [T, n].
+        bound: for every entry.
+
+    Returns:
+        [T, n].
+    """
+    diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
+    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1.0))
+    gram = gram / (scale[:, :, None] * scale[:, None, :])
+    target = target / scale
+    steepness = jnp.maximum(jnp.abs(gram).sum(axis=2).max(axis=1), 1.0)[:, None]
+
+    def moved(held: tuple[Array, ...]) -> Array:
+        count, u, before, *_ = held
+        tolerance = 1e-7 * (jnp.abs(u).max() + 1e-30)
+        return (count < 2) | ((count < _ITERATIONS) & (jnp.abs(u - before).max() > tolerance))
+
+    def descend(held: tuple[Array, ...]) -> tuple[Array, ...]:
+        count, u, _, ahead, t = held
+        slope = jnp.einsum("tij,tj->ti", gram, ahead, precision=jax.lax.Precision.HIGHEST) - target
+        new = jnp.minimum(ahead - slope / steepness, bound * scale)
+        uphill = jnp.sum((ahead - new) * (new - u), axis=1, keepdims=True) > 0
+        t = jnp.where(uphill, 1.0, t)
+        later = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
+        return count + 1, new, u, new + (t - 1) / later * (new - u), later
+
+    zero = jnp.zeros_like(target)
+    start = (jnp.int32(0), zero, zero, zero, jnp.ones_like(steepness))
+    return jax.lax.while_loop(moved, descend, start)[1] / scale
