@@ -145,6 +145,7 @@ def write(workdir: str | Path) -> Path:
         *_notes(runs),
         "",
         *_about_failures(failures),
+        *_about_faults(runs),
         *([] if _alone(runs) else _about_communication(runs)),
         *(f"## {title}\n\n![{title}](figures/{name}.png)\n" for name, (_, title) in shown.items()),
     ]
@@ -328,6 +329,13 @@ def _notes(runs: list[Run]) -> list[str]:
     notes = []
     if "augment" in _differing(runs) and (base := _base(runs)):
         notes.append(f"Each augmentation follows the base `{base}`.")
+    for field in _determined(runs):
+        used: dict[str, list[str]] = {}
+        for run in runs:
+            config = run.setup["config"]
+            used.setdefault(str(config[field]), []).append(config["strategy"])
+        each = (f"`{value}` of {', '.join(dict.fromkeys(s))}" for value, s in used.items())
+        notes.append(f"The {field}: {'; '.join(each)}.")
     if seeds := _seeds(runs):
         notes.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.")
     return notes
@@ -343,6 +351,25 @@ def _about_failures(failures: list[Failure]) -> list[str]:
     return ["## Runs that failed", "", markdown(cells, left=3), ""]
 
 
+def _about_faults(runs: list[Run]) -> list[str]:
+    """What happened to the agents, told once for the runs to which the same happened."""
+    told: dict[str, Run] = {}
+    for run in runs:
+        if run.setup["faults"]:
+            told.setdefault(run.setup["faults"], run)
+    if not told:
+        return []
+    several = bool(_seeds(runs))
+    lines = []
+    for text, run in told.items():
+        config = run.setup["config"]
+        seed = f", seed {config['seed']}" if several else ""
+        lines.append(f"- `{config['faults']}`{seed}: {'; '.join(text.splitlines())}")
+    if any(run.setup["byzantine"] for run in runs):
+        lines += ["", "Accuracies are those of the agents that are not Byzantine."]
+    return ["## Faults", "", *lines, ""]
+
+
 def _about_communication(runs: list[Run]) -> list[str]:
     return ["## Communication", "", communication(runs), "", _LEGEND_OF_COMMUNICATION]
 
@@ -356,7 +383,8 @@ def _about(runs: list[Run]) -> str:
     splits = config["train_split"], config["test_split"]
     some = "" if splits == ("train", "test") else " ({}, {})".format(*splits)
     model = f"{config['model']} ({setup['parameters']:,} parameters) on {config['data']}{some}"
-    optimizer = f"optimizer `{config['optimizer']}`, batch {config['batch_size']}"
+    common = "" if "optimizer" in _differing(runs) else f"optimizer `{config['optimizer']}`, "
+    optimizer = f"{common}batch {config['batch_size']}"
     if _alone(runs):
         epochs = config["pretrain_epochs"] + config["rounds"] * config["epochs_per_round"]
         return (
@@ -377,8 +405,8 @@ def _read(workdir: Path) -> tuple[list[Run], list[Failure]]:
     for folder in sorted((workdir / "runs").glob("*")):
         metrics, about = folder / "metrics.jsonl", folder / "setup.json"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        records = [json.loads(line) for line in lines]
         setup = json.loads(about.read_text()) if about.exists() else {"config": None}
+        records = [_of_honest(json.loads(line), setup["byzantine"]) for line in lines]
         failed = folder / "failed.json"
         if failed.exists():
             reason = json.loads(failed.read_text())["reason"]
@@ -389,6 +417,14 @@ def _read(workdir: Path) -> tuple[list[Run], list[Failure]]:
     if not runs:
         raise ValueError(f"{workdir} holds no runs with records; mixlab train --workdir makes them")
     return sorted(runs, key=lambda run: run.setup["number"]), failures
+
+
+def _of_honest(record: dict[str, Any], byzantine: list[int]) -> dict[str, Any]:
+    """What was measured of the agents that are not Byzantine; what they sent stays."""
+    return {
+        name: np.delete(value, byzantine).tolist() if name.startswith(("test", "train")) else value
+        for name, value in record.items()
+    }
 
 
 def _row(run: Run) -> list[float | None]:
@@ -469,7 +505,19 @@ def _strategies(runs: list[Run]) -> list[str]:
 
 
 def _fields_of_settings(runs: list[Run]) -> list[str]:
-    return [field for field in _differing(runs) if field != "strategy"]
+    """The fields that differ, without those that the strategy determines."""
+    fields = [field for field in _differing(runs) if field not in _determined(runs)]
+    return [field for field in fields if field != "strategy"]
+
+
+def _determined(runs: list[Run]) -> list[str]:
+    """The fields that differ between strategies, but not among the runs of one."""
+    found = []
+    for field in _differing(runs):
+        pairs = {(run.setup["config"]["strategy"], str(run.setup["config"][field])) for run in runs}
+        if field != "strategy" and len(pairs) == len(_strategies(runs)) > 1:
+            found.append(field)
+    return found
 
 
 def _settings(runs: list[Run]) -> dict[tuple[str, ...], dict[str, list[Run]]]:
@@ -485,10 +533,8 @@ def _settings(runs: list[Run]) -> dict[tuple[str, ...], dict[str, list[Run]]]:
     found: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     isolated = []
     for group in _groups(runs):
-        values, strategy = (
-            _names(group[0], runs)[: len(fields)],
-            group[0].setup["config"]["strategy"],
-        )
+        values = [_value(group[0], field, runs) for field in fields]
+        strategy = group[0].setup["config"]["strategy"]
         found.setdefault(tuple(values), {})[strategy] = group
         if strategy == "none" and "topology" in fields:
             isolated.append((values, group))
@@ -509,8 +555,10 @@ def _is_large(runs: list[Run]) -> bool:
 
 def _pages(settings: list[tuple[str, ...]], depth: int = 0) -> list[list[tuple[str, ...]]]:
     """Settings that share a figure: those with equal first values, as many as are legible."""
-    if len(settings) <= _PANELS or depth == len(settings[0]):
+    if len(settings) <= _PANELS:
         return [settings]
+    if depth + 1 >= len(settings[0]):
+        return [settings[i : i + _PANELS] for i in range(0, len(settings), _PANELS)]
     pages: dict[str, list[tuple[str, ...]]] = {}
     for setting in settings:
         pages.setdefault(setting[depth], []).append(setting)
@@ -565,7 +613,7 @@ def _figures_of_many(runs: list[Run], failures: list[Failure]) -> dict[str, tupl
     if _is_large(runs):
         shown["summary"] = (_summary_figure(runs, failures), "Accuracy of each strategy")
     fields, pages = _fields_of_settings(runs), _pages(list(settings))
-    for page in pages:
+    for number, page in enumerate(pages, 1):
         # What all settings of a page share is in its name and title, the rest in the panels'.
         named = [list(zip(fields, setting, strict=True)) for setting in page]
         constant = set.intersection(*(set(pairs) for pairs in named))
@@ -575,7 +623,8 @@ def _figures_of_many(runs: list[Run], failures: list[Failure]) -> dict[str, tupl
             _title(pair for pair in pairs if pair[0] not in shared): settings[setting]
             for pairs, setting in zip(named, page, strict=True)
         }
-        suffix, about = (f"-{_slug(title)}", f": {title}") if title else ("", "")
+        about = f": {title}" if title else ""
+        suffix = f"-{number}-{_slug(title)}".rstrip("-") if len(pages) > 1 else ""
         for name, (figure, text) in _figures_of_page(rows, runs, styles).items():
             shown[name + suffix] = (figure, text + about)
     topologies = {run.setup["topology"]: run.setup["weights"] for run in runs}
