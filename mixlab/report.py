@@ -405,7 +405,9 @@ def _read(workdir: Path) -> tuple[list[Run], list[Failure]]:
     for folder in sorted((workdir / "runs").glob("*")):
         metrics, about = folder / "metrics.jsonl", folder / "setup.json"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        setup = json.loads(about.read_text()) if about.exists() else {"config": None}
+        setup: dict[str, Any] = (
+            json.loads(about.read_text()) if about.exists() else {"config": None}
+        )
         records = [_of_honest(json.loads(line), setup["byzantine"]) for line in lines]
         failed = folder / "failed.json"
         if failed.exists():

@@ -7,6 +7,7 @@ DIMAT froze it for these baselines by accident.)
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -342,11 +343,12 @@ def _cross(own: PyTree, got: PyTree, weight: Array, row: Array, projection: str)
     # With v = -u, the cone's program is the other one with the bound zero.
     sign, bound = (1.0, 0.5) if projection == "dimat" else (-1.0, 0.0)
     v = sign * _least_squares_below(gram, target, bound)
-    return treedef.unflatten(
+    return jax.tree.unflatten(
+        treedef,
         [
             (x + dot(u, m)).reshape(leaf.shape).astype(leaf.dtype)
             for x, u, m, leaf in zip(q, v, rows, leaves, strict=True)
-        ]
+        ],
     )
 
 
@@ -370,12 +372,12 @@ def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
     target = target / scale
     steepness = jnp.maximum(jnp.abs(gram).sum(axis=2).max(axis=1), 1.0)[:, None]
 
-    def moved(held: tuple[Array, ...]) -> Array:
+    def moved(held: Any) -> Array:
         count, u, before, *_ = held
         tolerance = 1e-7 * (jnp.abs(u).max() + 1e-30)
         return (count < 2) | ((count < _ITERATIONS) & (jnp.abs(u - before).max() > tolerance))
 
-    def descend(held: tuple[Array, ...]) -> tuple[Array, ...]:
+    def descend(held: Any) -> Any:
         count, u, _, ahead, t = held
         slope = jnp.einsum("tij,tj->ti", gram, ahead, precision=jax.lax.Precision.HIGHEST) - target
         new = jnp.minimum(ahead - slope / steepness, bound * scale)
