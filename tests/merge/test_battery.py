@@ -91,7 +91,7 @@ ROWS = {
     "meamed": Row("meamed(num_byzantine=1)", num_models=4),
     "median": Row("median", num_models=4),
     "model_stock": Row("model_stock", needs_base=True),
-    "monna": Row("monna(num_byzantine=1)", num_models=4, symmetric=False),
+    "monna": Row("monna(num_byzantine=2)", num_models=5, symmetric=False),
     "multi_krum": Row("multi_krum(num_byzantine=1)", num_models=5),
     "multislerp": Row("multislerp"),
     "nearswap": Row("nearswap(t=0.5)", num_models=1, into_base=True, needs_base=True),
