@@ -109,11 +109,11 @@ class Checkpoints:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
         found = distributed.once(lambda: self._restore(like))
-        step, meta = distributed.share(found and (found[0], found[2])) or (None, None)
-        if step is None:
+        told = distributed.share(found and (found[0], found[2]))
+        if told is None:
             return None
-        state = distributed.share_arrays(found[1] if found else like)
-        return step, state, meta
+        step, meta = told
+        return step, distributed.share_arrays(found[1] if found else like), meta
 
     def _open(self, keep: int) -> _Manager:
         self.folder.mkdir(parents=True, exist_ok=True)
