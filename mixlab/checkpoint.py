@@ -32,6 +32,17 @@ def _checksums(tree: PyTree) -> dict[str, int]:
     }
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its own question whether SIGTERM has come.
+
+    JAX answers one asker a process: all must ask at the same steps (`distributed.Termination`),
+    and orbax asks in process 0 alone.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one folder.
 
@@ -98,14 +109,13 @@ class Checkpoints:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
         found = distributed.once(lambda: self._restore(like))
-        shared = distributed.share(found and (found[0], found[2]))
-        if shared is None:
+        told = distributed.share(found and (found[0], found[2]))
+        if told is None:
             return None
-        step, meta = shared
-        state = distributed.share_arrays(found[1] if found else like)
-        return step, state, meta
+        step, meta = told
+        return step, distributed.share_arrays(found[1] if found else like), meta
 
-    def _open(self, keep: int) -> ocp.CheckpointManager:
+    def _open(self, keep: int) -> _Manager:
         self.folder.mkdir(parents=True, exist_ok=True)
         alone = ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
@@ -113,7 +123,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, step_prefix="step", create=False, multiprocessing_options=alone
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        return _Manager(self.folder, options=options)
 
     def _save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
         if step in self._manager.all_steps():

@@ -6,6 +6,7 @@ others need no disk in common with it.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -104,11 +105,13 @@ def share_arrays(tree: PyTree) -> PyTree:
     if jax.process_count() == 1:
         return tree
 
-    def one(leaf: np.ndarray) -> np.ndarray:
+    def one(leaf: Any) -> np.ndarray:
         # As bytes, because a broadcast is a sum of one process's numbers and zeros, which would
         # lose the sign of -0. One leaf after the other, so that devices hold no more than one.
-        flat = np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint8)
-        sent = multihost_utils.broadcast_one_to_all(flat).astype(np.uint8)
+        content = np.zeros(math.prod(leaf.shape) * leaf.dtype.itemsize, np.uint8)
+        if is_first():
+            content = np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint8)
+        sent = multihost_utils.broadcast_one_to_all(content).astype(np.uint8)
         return np.frombuffer(sent.tobytes(), leaf.dtype).reshape(leaf.shape)
 
     return jax.tree.map(one, tree)

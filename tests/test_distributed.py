@@ -1,0 +1,110 @@
+"""Several processes end where one does, bit for bit: the same devices make the same programs."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mixlab import distributed
+from mixlab.checkpoint import read_models
+from tests import processes
+
+ROOT = pathlib.Path(__file__).parents[1]
+RUNS = ("wa", "dimat")
+
+
+def launch(number, *arguments):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MIXLAB_")}
+    result = subprocess.run(
+        ["bash", "launch/processes.sh", str(number), *map(str, arguments)],
+        cwd=ROOT,
+        env={
+            **clean,
+            "MIXLAB": f"{sys.executable} -m tests.processes",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // number}",
+            "PJRT_NPROC": "16",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def end(workdir):
+    """The final variables of both runs, and their records without what the clock measured."""
+    found = []
+    for name in RUNS:
+        lines = (workdir / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            del record["seconds"], record["bytes_sent"]
+        found.append((read_models(workdir / "runs" / name), records))
+    return found
+
+
+def interrupted(workdir, to):
+    """A copy of a run that lost its newest checkpoint."""
+    shutil.copytree(workdir, to)
+    for name in RUNS:
+        newest = max((to / "runs" / name / "checkpoints").glob("step_*"), key=lambda p: p.name)
+        shutil.rmtree(newest)
+    return to
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_end_the_same_and_go_on_for_each_other(tmp_path, monkeypatch):
+    one, two, four, stopped = (tmp_path / name for name in ("1", "2", "4", "stopped"))
+    monkeypatch.setattr(processes.train.report, "write", lambda workdir: workdir)
+    with jax.numpy_dtype_promotion("standard"):
+        processes.run(str(one))
+        launch(4, four)
+        of_one = interrupted(one, tmp_path / "of one")
+        of_four = interrupted(four, tmp_path / "of four")
+        told = launch(2, two, of_one, of_four, f"{stopped}:9")
+        assert told.count("4 agents on 4 cpu devices of 2 processes (pmap, 1 a device)") == 4
+        assert (
+            "stopped after step" in told
+        )  # the other process stopped at it as well, or would hang
+        assert not (stopped / "runs" / "dimat").exists()
+        processes.run(str(stopped))
+    wanted = end(one)
+    assert wanted[0][1][-1]["step"] == 36
+    for workdir in (two, four, of_one, of_four, stopped):
+        for (models, records), (model_wanted, records_wanted) in zip(
+            end(workdir), wanted, strict=True
+        ):
+            assert records == records_wanted, workdir
+            jax.tree.map(np.testing.assert_array_equal, models, model_wanted)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PROCESSES": "two", "PROCESS": "0", "COORDINATOR": "localhost:1"},
+        {"PROCESSES": "2", "COORDINATOR": "localhost:1"},
+        {"PROCESSES": "2", "PROCESS": "2", "COORDINATOR": "localhost:1"},
+        {"PROCESSES": "2", "PROCESS": "0", "COORDINATOR": "localhost"},
+    ],
+)
+def test_an_environment_that_names_no_processes_is_told(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(f"MIXLAB_{name}", value)
+    with pytest.raises(ValueError, match="MIXLAB_PROCESS"):
+        distributed.initialize()
+
+
+def test_one_process_is_the_first_and_shares_with_itself():
+    distributed.initialize()
+    assert not jax.distributed.is_initialized()
+    assert distributed.is_first()
+    assert distributed.once(lambda: 3) == 3
+    assert distributed.share({"a": [1]}) == {"a": [1]}
