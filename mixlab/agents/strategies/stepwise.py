@@ -7,6 +7,7 @@ DIMAT froze it for these baselines by accident.)
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -288,10 +289,10 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
     ) -> AgentState:
         slots, valid = neighbour_slots(network.adjacency)
         others, real = slots[:, 1:], valid[:, 1:]
-        # As which neighbour of j agent i is answered, for j the neighbour of i in slot s.
-        mine = np.argmax(others[others] == np.arange(len(others))[:, None, None], axis=2)
         if not others.shape[1]:
             return plain.local_step(network, problem, state, gradients)
+        # As which neighbour of j agent i is answered, for j the neighbour of i in slot s.
+        mine = np.argmax(others[others] == np.arange(len(others))[:, None, None], axis=2)
 
         everyone = network.broadcast(state.variables["params"], "parameters")
 
@@ -342,12 +343,23 @@ def _cross(own: PyTree, got: PyTree, weight: Array, row: Array, projection: str)
     # With v = -u, the cone's program is the other one with the bound zero.
     sign, bound = (1.0, 0.5) if projection == "dimat" else (-1.0, 0.0)
     v = sign * _least_squares_below(gram, target, bound)
-    return treedef.unflatten(
+    return jax.tree.unflatten(
+        treedef,
         [
             (x + dot(u, m)).reshape(leaf.shape).astype(leaf.dtype)
             for x, u, m, leaf in zip(q, v, rows, leaves, strict=True)
-        ]
+        ],
     )
+
+
+class _Descent(NamedTuple):
+    """Where `_least_squares_below` is, was, looks, and with what momentum."""
+
+    iteration: Array
+    u: Array
+    before: Array
+    ahead: Array
+    t: Array
 
 
 def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
@@ -370,20 +382,20 @@ def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
     target = target / scale
     steepness = jnp.maximum(jnp.abs(gram).sum(axis=2).max(axis=1), 1.0)[:, None]
 
-    def moved(held: tuple[Array, ...]) -> Array:
-        count, u, before, *_ = held
-        tolerance = 1e-7 * (jnp.abs(u).max() + 1e-30)
-        return (count < 2) | ((count < _ITERATIONS) & (jnp.abs(u - before).max() > tolerance))
+    def moved(held: _Descent) -> Array:
+        tolerance = 1e-7 * (jnp.abs(held.u).max() + 1e-30)
+        change = jnp.abs(held.u - held.before).max()
+        return (held.iteration < 2) | ((held.iteration < _ITERATIONS) & (change > tolerance))
 
-    def descend(held: tuple[Array, ...]) -> tuple[Array, ...]:
-        count, u, _, ahead, t = held
-        slope = jnp.einsum("tij,tj->ti", gram, ahead, precision=jax.lax.Precision.HIGHEST) - target
-        new = jnp.minimum(ahead - slope / steepness, bound * scale)
-        uphill = jnp.sum((ahead - new) * (new - u), axis=1, keepdims=True) > 0
-        t = jnp.where(uphill, 1.0, t)
+    def descend(held: _Descent) -> _Descent:
+        slope = jnp.einsum("tij,tj->ti", gram, held.ahead, precision=jax.lax.Precision.HIGHEST)
+        new = jnp.minimum(held.ahead - (slope - target) / steepness, bound * scale)
+        step = new - held.u
+        uphill = jnp.sum((held.ahead - new) * step, axis=1, keepdims=True) > 0
+        t = jnp.where(uphill, 1.0, held.t)
         later = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
-        return count + 1, new, u, new + (t - 1) / later * (new - u), later
+        return _Descent(held.iteration + 1, new, held.u, new + (t - 1) / later * step, later)
 
     zero = jnp.zeros_like(target)
-    start = (jnp.int32(0), zero, zero, zero, jnp.ones_like(steepness))
-    return jax.lax.while_loop(moved, descend, start)[1] / scale
+    start = _Descent(jnp.int32(0), zero, zero, zero, jnp.ones_like(steepness))
+    return jax.lax.while_loop(moved, descend, start).u / scale
