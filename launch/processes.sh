@@ -26,16 +26,19 @@ for ((process = 0; process < MIXLAB_PROCESSES; process++)); do
   "${mixlab[@]}" train "$@" &
   pids+=($!)
 done
-# One is enough: the processes agree on the step at which they stop.
-trap 'kill -TERM "${pids[0]}" 2>/dev/null || true' TERM
+# The processes agree on the step at which they stop, whichever of them hears of it.
+told=0
+trap 'told=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM
 status=0
-for ((left = MIXLAB_PROCESSES; left > 0; left--)); do
+left="$MIXLAB_PROCESSES"
+while ((left > 0)); do
   code=0
   wait -n || code=$?
-  while ((code > 128)) && kill -0 "${pids[0]}" 2>/dev/null && ((code == 143)); do
-    code=0
-    wait -n || code=$? # the wait was interrupted by the trap, no process has ended
-  done
+  if ((told)); then # the signal ended the wait, not a process
+    told=0
+    continue
+  fi
+  left=$((left - 1))
   if ((code != 0 && status == 0)); then
     status=$code
     sleep 5 # for the others to say why, if they know

@@ -98,9 +98,10 @@ class Checkpoints:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
         found = distributed.once(lambda: self._restore(like))
-        step, meta = distributed.share(found and (found[0], found[2])) or (None, None)
-        if step is None:
+        shared = distributed.share(found and (found[0], found[2]))
+        if shared is None:
             return None
+        step, meta = shared
         state = distributed.share_arrays(found[1] if found else like)
         return step, state, meta
 
@@ -127,7 +128,7 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                state, meta = self._read(step, like)
+                state, meta = self._load(step, like)
             except _Mismatch as error:
                 raise ValueError(f"the checkpoint of step {step} does not fit: {error}") from error
             except Exception as error:  # Whatever a damaged file makes orbax raise.
@@ -147,7 +148,7 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def _load(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         checksums = saved["meta"]["checksums"]
         expected = {name for name, leaf in trees.named_leaves(like) if leaf is not None}
@@ -186,6 +187,76 @@ class Checkpoints:
             ) from error
 
 
+def resize(tree: PyTree, num_agents: int) -> PyTree:
+    """Another number of agents: the first ones are taken, and cloned in turn where they run out.
+
+    Args:
+        tree: leaves [A, ...]; None leaves survive.
+        num_agents: A', at least 1.
+
+    Returns:
+        NumPy leaves [A', ...]; agent i is what agent i mod A was.
+
+    Raises:
+        ValueError: `num_agents` is less than 1, or the leaves have no common leading axis.
+    """
+    if num_agents < 1:
+        raise ValueError(f"agents must be at least 1, got {num_agents}")
+    rows = np.arange(num_agents) % trees.leading_size(tree)
+    return jax.tree.map(lambda x: np.asarray(x)[rows], tree)
+
+
+def read_agents(path: str | Path, like: PyTree, num_agents: int) -> tuple[PyTree, str]:
+    """The agents of another run, made as many as this one has.
+
+    Args:
+        path: the folder of a run, its `checkpoints`, or one of them.
+        like: what to take of an agent's state, by field: a dictionary such as
+            `{"variables": ..., "opt_state": ...}` of the structure that is wanted.
+        num_agents: how many agents are wanted, see `resize`.
+
+    Returns:
+        `(agents, told)`: NumPy leaves [num_agents, ...] in the structure of `like`, and a sentence
+        that says which agents were taken, cloned or dropped.
+
+    Raises:
+        ValueError: nothing there can be read, or it has other leaves or shapes.
+    """
+    found = distributed.once(lambda: _read_agents(path, like, num_agents))
+    before = distributed.share(found and trees.leading_size(found))
+    wanted = jax.tree.map(lambda x: np.empty((num_agents, *x.shape[1:]), x.dtype), like)
+    if found is not None:
+        wanted = resize(found, num_agents)
+    told = f"{before} agents of {path}"
+    if num_agents > before:
+        told += f"; agents {before} to {num_agents - 1} are clones of them in turn"
+    elif num_agents < before:
+        told += f"; agents {num_agents} to {before - 1} are dropped"
+    return distributed.share_arrays(wanted), f"starts from the {told}"
+
+
+def _read_agents(path: str | Path, like: PyTree, num_agents: int) -> PyTree:
+    tree, is_run = _read(path)
+    if not is_run:
+        raise ValueError(f"{path} is a model, not a run; give the folder of a run")
+    there = dict(trees.named_leaves({name: tree["state"].get(name) for name in like}))
+    wanted = [(name, leaf) for name, leaf in trees.named_leaves(like) if leaf is not None]
+    names = {name for name, _ in wanted}
+    held = {name for name, leaf in there.items() if leaf is not None}
+    if names != held:
+        raise ValueError(
+            f"the agents of {path} do not fit (is it the same model and optimizer?): they lack "
+            f"{sorted(names - held)} and have {sorted(held - names)} besides"
+        )
+    for name, leaf in wanted:
+        if there[name].shape[1:] != leaf.shape[1:]:
+            raise ValueError(
+                f"the agents of {path} do not fit: {name} is {there[name].shape[1:]} there and "
+                f"{leaf.shape[1:]} here"
+            )
+    return trees.map_named(lambda name, leaf: None if leaf is None else there[name], like)
+
+
 def read_models(path: str | Path) -> list[PyTree]:
     """The model of a file, or the agents of a run.
 
@@ -200,15 +271,21 @@ def read_models(path: str | Path) -> list[PyTree]:
     Raises:
         ValueError: nothing there can be read; the message says what can.
     """
+    tree, is_run = _read(path)
+    return trees.unstack(tree["state"]["variables"]) if is_run else [tree]
+
+
+def _read(path: str | Path) -> tuple[PyTree, bool]:
+    """What a file or folder holds, and whether that is the state of a run."""
     path = Path(path).absolute()
     known = "an .npz or .safetensors file, a checkpoint of orbax, or the folder of a run"
     if not path.exists():
         raise ValueError(f"there is no {path}; give {known}")
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
-            return [dict(arrays)]
+            return dict(arrays), False
     if path.suffix == ".safetensors":
-        return [{name: np.asarray(x) for name, x in load_file(path).items()}]
+        return {name: np.asarray(x) for name, x in load_file(path).items()}, False
     if not path.is_dir():
         raise ValueError(f"{path} is no model; give {known}")
     if (path / "checkpoints").is_dir():
@@ -224,8 +301,7 @@ def read_models(path: str | Path) -> list[PyTree]:
         tree = ocp.StandardCheckpointer().restore(path / "state" if is_run else path)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{path} is no model; give {known} ({error})") from error
-    tree = jax.tree.map(np.asarray, tree)
-    return trees.unstack(tree[0]["variables"]) if is_run else [tree]
+    return jax.tree.map(np.asarray, tree), is_run
 
 
 class _Mismatch(Exception):

@@ -1,4 +1,4 @@
-"""The command `mixlab`: `train`, `sweep`, `experts`, `barrier`, `report`, `diff`, `gallery` and `bench`."""
+"""The command `mixlab`; `USAGE` lists what it does."""
 
 import argparse
 import contextlib

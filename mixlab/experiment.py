@@ -48,6 +48,7 @@ def default_config() -> ConfigDict:
     config.matching_data = "proxy"
     config.matching_examples = 1000
     config.faults = "none"  # see mixlab.agents.faults
+    config.start_from = config_dict.placeholder(str)  # folder of a run: its agents, cloned in turn
     # Durations. An epoch is as many steps as the mean agent needs to see its part once.
     config.pretrain_epochs = 0
     config.rounds = 10
@@ -138,6 +139,8 @@ class Experiment(NamedTuple):
         topology: with whom.
         feed: what they read.
         init: `init() -> carry`, in the layout of `parallel`.
+        adopt: `adopt(carry, taken) -> carry` begins with other variables and optimizer states,
+            `taken`, by name.
         step: `step(carry, held, step) -> carry`; the old carry's memory is reused. Before the
             first round nobody mixes and nobody fails.
         communicate: `communicate(carry, round) -> carry`.
@@ -158,6 +161,7 @@ class Experiment(NamedTuple):
     topology: agents.Topology
     feed: data.Feed
     init: Callable[[], Carry]
+    adopt: Callable[[Carry, PyTree], Carry]
     step: Callable[[Carry, PyTree, int], Carry]
     communicate: Callable[[Carry, int], Carry]
     match: Callable[[Carry, int], PyTree] | None
@@ -321,6 +325,7 @@ def prepare(config: ConfigDict) -> Experiment:
             batch = preprocess(key, augmentation(mixing_key, batch))  # as in evaluation
             if faults.data_attack is not None:
                 poisoned = faults.data_attack(jax.random.fold_in(own_key, 1), batch)
+                assert net.byzantine is not None
                 bad = net.byzantine[agent]
                 batch = jax.tree.map(lambda x, y: jnp.where(bad, x, y), poisoned, batch)
             return batch, own_key
@@ -350,7 +355,8 @@ def prepare(config: ConfigDict) -> Experiment:
 
     def match(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> PyTree:
         assert strategy.match is not None
-        return strategy.match(*at_round(axis, carry, held, shared), carry.state)
+        net, here = at_round(axis, carry, held, shared)
+        return strategy.match(net, here, carry.state)
 
     def evaluate(axis: agents.Axis, variables: PyTree, held: PyTree, batch: Batch) -> PyTree:
         return axis.each(lambda own: tally(model, own, batch))(variables)
@@ -392,7 +398,12 @@ def prepare(config: ConfigDict) -> Experiment:
         messages, outbox = jax.tree.map(blank, (shapes.messages, shapes.outbox))
         return carry._replace(messages=messages, outbox=outbox)
 
+    def adopt(axis: agents.Axis, carry: Carry, taken: PyTree, shared: PyTree) -> Carry:
+        state = strategy.init(axis, problem, carry.state._replace(**taken))
+        return carry._replace(state=state)
+
     run_start = parallel.compile(start)
+    run_adopt = parallel.compile(adopt)
     run_step = parallel.compile(step, donate=True)
     run_communicate = parallel.compile(communicate)
     run_match = parallel.compile(match)
@@ -474,6 +485,7 @@ def prepare(config: ConfigDict) -> Experiment:
         topology=topology,
         feed=feed,
         init=lambda: run_start(parallel.put(np.arange(config.agents)), {}, shared),
+        adopt=lambda carry, taken: run_adopt(carry, taken, {}),
         step=run,
         communicate=lambda carry, number: run_communicate(carry, own_images, in_round(number)),
         match=(

@@ -3,7 +3,9 @@
 Colours are those of Okabe and Ito (2008), which people with any colour vision can tell apart.
 """
 
+import itertools
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import matplotlib as mpl
 import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -48,7 +51,8 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(max(4.5, 1.2 + 2.5 * len(columns)), 1.1 + 2.2 * len(rows)))
+        wide = 2.5 if len(columns) <= 4 else 1.7
+        figure = Figure(figsize=(max(4.5, 1.2 + wide * len(columns)), 1.1 + 2.0 * len(rows)))
         axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
         for (row, column), panel in panels.items():
             ax = axes[rows.index(row), columns.index(column)]
@@ -60,9 +64,15 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
             if panel["rounds_from"]:
                 ax.axvline(panel["rounds_from"], color="#BBBBBB", linewidth=0.8, zorder=0)
             ax.set_ylim(0, 1)
-            ax.set_title(f"{column}\n{row}" if len(rows) > 1 else column)
-        for ax in axes[:, 0]:
-            ax.set_ylabel("test accuracy")
+        for place, ax in zip(itertools.product(rows, columns), axes.flat, strict=True):
+            if place not in panels:
+                ax.set_axis_off()
+        for ax, column in zip(axes[0], columns, strict=True):
+            name, bracket, options = column.partition("(")
+            short = len(column) < 12 * wide or not options
+            ax.set_title(column if short else f"{name}\n{bracket}{options}", fontsize=9)
+        for ax, row in zip(axes[:, 0], rows, strict=True):
+            ax.set_ylabel(f"{row}\ntest accuracy" if row else "test accuracy")
         for ax in axes[-1]:
             ax.set_xlabel("epoch")
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -83,39 +93,183 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
     return figure
 
 
-def distance(groups: dict[str, dict[str, dict[str, Any]]]) -> Figure:
-    """Distance to consensus over epochs, after alignment (solid) and as the agents are (dotted).
+def distance(
+    groups: dict[str, dict[str, dict[str, Any]]], styles: dict[str, dict[str, Any]]
+) -> Figure:
+    """Distance to consensus over epochs, after alignment (thick) and as the agents are (thin).
 
     Args:
         groups: group title -> strategy -> `epoch` [T], `aligned` [T], `plain` [T].
+        styles: of the strategies.
     """
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(max(4.5, 1.2 + 3.2 * len(groups)), 3.2))
-        axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-        names = list(dict.fromkeys(name for runs in groups.values() for name in runs))
-        for ax, (title, runs) in zip(axes, groups.items(), strict=True):
+        figure = Figure(figsize=(max(4.5, 1.2 + 3.0 * columns), 0.7 + 2.5 * rows))
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for ax, (title, runs) in zip(axes.flat, groups.items(), strict=False):
             for name, run in runs.items():
-                color = CYCLE[names.index(name) % len(CYCLE)]
-                ax.plot(run["epoch"], run["aligned"], color=color, linewidth=1.6)
-                ax.plot(run["epoch"], run["plain"], color=color, linewidth=1, linestyle=":")
+                style = {"color": styles[name]["color"]}
+                ax.plot(run["epoch"], run["aligned"], linewidth=1.6, **style)
+                ax.plot(run["epoch"], run["plain"], linewidth=1, linestyle=":", **style)
             ax.set_title(title)
-            ax.set_xlabel("epoch")
             ax.set_ylim(0, None)
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes[0].set_ylabel("distance to consensus\n(fraction of the agents' norm)")
+        _close_grid(axes, len(groups), "epoch")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("distance to consensus\n(fraction of the agents' norm)")
+        shown = {name for runs in groups.values() for name in runs}
         handles = [
-            mpl.lines.Line2D([], [], color=CYCLE[i % len(CYCLE)], label=name)
-            for i, name in enumerate(names)
+            mpl.lines.Line2D([], [], color=style["color"], label=name)
+            for name, style in styles.items()
+            if name in shown
         ]
         handles += [
             mpl.lines.Line2D([], [], color="#555555", label="after alignment"),
             mpl.lines.Line2D([], [], color="#555555", linestyle=":", label="as they are"),
         ]
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=6 if len(groups) > 1 else 3,
-            fontsize=8,
+        figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, fontsize=8)
+    return figure
+
+
+def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour, marker and kind of line for each strategy, the same in all figures of a report."""
+    colors = (*CYCLE, "#7A5C2E")
+    return {
+        name: {
+            "color": colors[number % len(colors)],
+            "marker": "os^Dvp*X<>Ph"[number % 12],
+            "linestyle": ("-", "--", ":")[number // len(colors) % 3],
+        }
+        for number, name in enumerate(names)
+    }
+
+
+def curves(
+    rows: dict[str, dict[str, dict[str, np.ndarray]]], styles: dict[str, dict[str, Any]]
+) -> Figure:
+    """Accuracy against rounds, bytes and seconds: mean over seeds and a band of one deviation.
+
+    Strategies that send nothing are drawn, against bytes, as the level at which they end. An axis
+    of bytes or seconds is logarithmic where some strategies end at ten times what others do.
+
+    Args:
+        rows: row title -> strategy -> `rounds` [T], `MB` [T], `seconds` [T], from 0, and
+            `accuracy` [S, T] in [0, 1], of S seeds.
+        styles: of the strategies.
+    """
+    axis_labels = {
+        "rounds": "rounds of local training",
+        "MB": "megabytes sent by an agent",
+        "seconds": "seconds of training and merging",
+    }
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(10.5, 0.9 + 2.3 * len(rows)))
+        axes = figure.subplots(len(rows), 3, sharex="col", sharey="row", squeeze=False)
+        for (title, by_strategy), line in zip(rows.items(), axes, strict=True):
+            for name, run in by_strategy.items():
+                mean, spread = _mean_and_deviation(100 * run["accuracy"])
+                look = {"linewidth": 1.4, "markersize": 3.5, **styles[name]}
+                for ax, unit in zip(line, axis_labels, strict=True):
+                    if unit == "MB" and not run["MB"].any():
+                        quiet = {"linewidth": 1, "alpha": 0.8, "color": look["color"]}
+                        ax.axhline(mean[-1], linestyle="-.", **quiet)
+                        continue
+                    ax.plot(run[unit], mean, **look)
+                    band = mean - spread, mean + spread
+                    ax.fill_between(run[unit], *band, color=look["color"], alpha=0.15, linewidth=0)
+            line[0].set_ylabel(f"{title}\ntest accuracy, %" if title else "test accuracy, %")
+        for ax, (unit, label) in zip(axes[-1], axis_labels.items(), strict=True):
+            ends = [run[unit][-1] for runs in rows.values() for run in runs.values()]
+            ends = [end for end in ends if end > 0]
+            if unit != "rounds" and ends and max(ends) > 10 * min(ends):
+                ax.set_xscale("log")
+            ax.set_xlabel(label)
+        axes[-1, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        shown = {name for runs in rows.values() for name in runs}
+        handles = [
+            mpl.lines.Line2D([], [], markersize=4, label=name, **style)
+            for name, style in styles.items()
+            if name in shown
+        ]
+        if not all(run["MB"].any() for runs in rows.values() for run in runs.values()):
+            silent: Any = {"color": "#555555", "linestyle": "-.", "linewidth": 1}
+            handles.append(mpl.lines.Line2D([], [], label="sends nothing: its end", **silent))
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
+    return figure
+
+
+def summary(
+    values: dict[tuple[str, Any], np.ndarray],
+    failed: dict[tuple[str, Any], int],
+    strategies: Sequence[str],
+    settings: dict[Any, tuple[str, ...]],
+) -> Figure:
+    """Accuracy of each strategy (row) in each setting (column), the best of a column in bold.
+
+    Colours compare within a column: from its worst, light, to its best, dark.
+
+    Args:
+        values: (strategy, setting) -> accuracies [S] in percent, of S seeds.
+        failed: (strategy, setting) -> how many of its runs failed.
+        strategies: rows.
+        settings: columns, each with its labels; columns that are equal but in the last label
+            stand together.
+    """
+    columns = list(settings)
+    means = np.full((len(strategies), len(columns)), np.nan)
+    for (strategy, setting), found in values.items():
+        means[strategies.index(strategy), columns.index(setting)] = found.mean()
+    low, high = np.nanmin(means, axis=0), np.nanmax(means, axis=0)
+    shade = (means - low) / np.where(high > low, high - low, 1)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for place, setting in enumerate(columns):
+        groups.setdefault(settings[setting][:-1], []).append(place)
+    names = 0.075 * max(map(len, strategies))
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        size = 0.5 + names + 0.66 * len(columns), 1.7 + 0.4 * len(strategies)
+        figure = Figure(figsize=size)
+        ax = figure.subplots()
+        ax.imshow(np.ma.masked_invalid(shade), cmap="Blues", vmin=-0.1, vmax=2.2, aspect="auto")
+        for row, strategy in enumerate(strategies):
+            for column, setting in enumerate(columns):
+                found = values.get((strategy, setting), np.empty(0))
+                lost = failed.get((strategy, setting), 0)
+                _, spread = _mean_and_deviation(found) if len(found) else (0, 0)
+                below = f"{lost} failed" if lost else f"± {spread:.1f}" if len(found) > 1 else ""
+                best = bool(len(found)) and shade[row, column] == 1
+                text: Any = {"ha": "center", "va": "center", "color": "#222222"}
+                if len(found):
+                    weight = "bold" if best else "normal"
+                    up = row - 0.13 if below else row
+                    ax.text(column, up, f"{found.mean():.1f}", fontsize=8, weight=weight, **text)
+                if below:
+                    down = row + 0.22 if len(found) else row
+                    ax.text(
+                        column,
+                        down,
+                        below,
+                        fontsize=6,
+                        **{**text, "color": "#A00000" if lost else "#333333"},
+                    )
+        ax.set_yticks(range(len(strategies)), labels=list(strategies))
+        last = [settings[setting][-1] if settings[setting] else "" for setting in columns]
+        ax.set_xticks(range(len(columns)), labels=last, rotation=40, ha="right")
+        for labels, places in groups.items():
+            ax.axvline(places[-1] + 0.5, color="white", linewidth=4)
+            ax.text(
+                float(np.mean(places)),
+                -0.6,
+                "\n".join(labels),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+            )
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_title(
+            "Test accuracy after the last merge, %, mean of the agents",
+            pad=12 + 12 * len(next(iter(groups))),
         )
     return figure
 
@@ -145,14 +299,9 @@ def learning(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
             ax.plot(curve["epoch"], mean, color=BLUE, linewidth=1.6, marker=".", markersize=4)
             ax.set_title(title, fontsize=8)
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        for ax in axes.flat[len(curves) :]:
-            ax.set_axis_off()
+        _close_grid(axes, len(curves), "epoch")
         for ax in axes[:, 0]:
             ax.set_ylabel("test accuracy, %")
-        for column in range(columns):
-            ax = axes.flat[: len(curves)][column::columns][-1]  # the lowest that is there
-            ax.set_xlabel("epoch")
-            ax.tick_params(labelbottom=True)
         label = "mean over seeds" if several else "test accuracy"
         handles: list[Any] = [mpl.lines.Line2D([], [], color=BLUE, marker=".", label=label)]
         if several:
@@ -161,6 +310,17 @@ def learning(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
             handles.append(mpl.lines.Line2D([], [], color="#DADADA", label="the others"))
             figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
     return figure
+
+
+def _close_grid(axes: np.ndarray, count: int, label: str) -> None:
+    """Hides what is left of a grid of panels after `count`; labels the lowest of each column."""
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    columns = axes.shape[1]
+    for column in range(columns):
+        ax = axes.flat[:count][column::columns][-1]
+        ax.set_xlabel(label)
+        ax.tick_params(labelbottom=True)
 
 
 def calibration(points: dict[str, dict[str, np.ndarray]]) -> Figure:
@@ -551,77 +711,147 @@ def _palette(count: int) -> list[Any]:
     return list(mpl.colors.hsv_to_rgb(np.stack([hues, deep, light], axis=-1)))
 
 
-def topology(weights: np.ndarray, title: str) -> Figure:
-    """The graph, as a circle of agents, and the mixing matrix.
+def topology(weights: np.ndarray, title: str, *, columns: int = 4) -> Figure:
+    """The graph, as a circle of agents, and the mixing matrix; hubs stand inside the circle.
 
     Args:
-        weights: [A, A], row i the weights of what agent i receives.
+        weights: [A, A], row i the weights of what agent i receives, or [T, A, A], those of rounds
+            that take turns; an arrow shows where messages go one way only.
         title: of the figure.
+        columns: how many rounds, the first ones, are drawn.
     """
-    size = len(weights)
-    angles = np.pi / 2 - 2 * np.pi * np.arange(size) / size
-    x, y = np.cos(angles), np.sin(angles)
+    rounds = weights.reshape(-1, *weights.shape[-2:])
+    shown, size = rounds[:columns], rounds.shape[-1]
+    several = len(rounds) > 1
+    width = 2 * len(shown) + 0.8 if several else 7
+    if len(shown) < len(rounds):
+        title += f"; rounds 0-{len(shown) - 1} of {len(rounds)}"
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(7, 3.4))
-        graph, matrix = figure.subplots(1, 2)
-        for i, j in zip(*np.nonzero(weights), strict=True):
-            if i != j:
-                width = 0.6 + 2.4 * float(weights[i, j]) / float(weights.max())
-                graph.plot([x[i], x[j]], [y[i], y[j]], color="#BBBBBB", linewidth=width, zorder=0)
-        graph.scatter(x, y, s=260 if size <= 24 else 30, color=BLUE)
-        if size <= 24:
-            for i in range(size):
-                graph.text(x[i], y[i], str(i), color="white", ha="center", va="center", fontsize=9)
-        graph.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
-        graph.set_axis_off()
-        graph.set_title("who talks to whom")
-        image = matrix.imshow(weights, cmap="Blues", vmin=0)
-        if size <= 12:
-            for i, j in zip(*np.nonzero(weights), strict=True):
-                dark = weights[i, j] > 0.6 * weights.max()
-                matrix.text(
-                    j,
-                    i,
-                    f"{weights[i, j]:.2f}".lstrip("0"),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if dark else "#333333",
-                )
-        matrix.set_title("mixing matrix")
-        matrix.set_xlabel("weight given to agent")
-        matrix.set_ylabel("by agent")
-        for axis in (matrix.xaxis, matrix.yaxis):
-            axis.set_major_locator(MaxNLocator(12, integer=True))
-        matrix.spines[:].set_visible(False)
-        figure.colorbar(image, ax=matrix, shrink=0.8)
-        figure.suptitle(title, fontsize=9)
+        figure = Figure(figsize=(width, 4.6 if several else 3.4))
+        if several:
+            graphs, matrices = figure.subplots(2, len(shown))
+        else:
+            graphs, matrices = figure.subplots(1, 2)[:, None]
+        places = _circle(np.any(rounds > 0, axis=0))
+        for t, (w, graph, matrix) in enumerate(zip(shown, graphs, matrices, strict=True)):
+            _draw_graph(graph, w, places, 0.6 if several else 1.0)
+            graph.set_title(f"round {t}" if several else "who talks to whom")
+            image = matrix.imshow(w, cmap="Blues", vmin=0, vmax=rounds.max())
+            if size <= (8 if several else 12):
+                for i, j in np.argwhere(w):
+                    matrix.text(
+                        j,
+                        i,
+                        f"{w[i, j]:.2f}".removeprefix("0"),
+                        ha="center",
+                        va="center",
+                        fontsize=5 if several else 7,
+                        color="white" if w[i, j] > 0.6 * rounds.max() else "#333333",
+                    )
+            matrix.set_xlabel("weight given to agent")
+            ticks = _some(size, 6 if several or size > 100 else 12)
+            matrix.set(xticks=ticks, yticks=ticks)
+            matrix.spines[:].set_visible(False)
+        matrices[0].set_ylabel("by agent")
+        if not several:
+            matrices[0].set_title("mixing matrix")
+        bar = figure.colorbar(image, ax=list(matrices), shrink=0.8)
+        bar.locator = MaxNLocator(4)
+        figure.suptitle(textwrap.fill(title, int(13 * width)), fontsize=9)
     return figure
+
+
+def _some(size: int, count: int) -> np.ndarray:
+    """At most about so many of the numbers below `size`, evenly spaced from 0 on."""
+    values = np.asarray(MaxNLocator(count, integer=True).tick_values(0, size))
+    return values[(values >= 0) & (values < size)].astype(int)
+
+
+def _circle(joined: np.ndarray) -> np.ndarray:
+    """Places [A, 2] on the unit circle; agents with far more neighbours than most, inside it."""
+    degree = (joined | joined.T).sum(axis=1) - 1
+    hub = degree > 2 * np.median(degree) + 1
+    if hub.mean() > 0.25:
+        hub[:] = False
+    places = np.zeros((len(joined), 2))
+    for group, radius in ((~hub, 1.0), (hub, 0.3 if hub.sum() > 1 else 0.0)):
+        angles = np.pi / 2 - 2 * np.pi * np.arange(group.sum()) / max(group.sum(), 1)
+        places[group] = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return places
+
+
+def _draw_graph(ax: Axes, weights: np.ndarray, places: np.ndarray, scale: float) -> None:
+    """Agents and edges; an edge wider the more it weighs, with an arrow if it goes one way."""
+    size = len(weights)
+    off = np.where(np.eye(size, dtype=bool), 0, weights)
+    either = np.argwhere(np.triu(np.maximum(off, off.T)))
+    i, j = either[:: 1 + len(either) // 20_000].T
+    strength = np.maximum(off[i, j], off[j, i]) / weights.max()
+    start, end = places[i], places[j]
+    # Chords bend inwards, or those of close agents would hide behind the agents between them.
+    near = np.linalg.norm(start - end, axis=1) < 1.2 * 2 * np.sin(np.pi / max(size, 2))
+    middle = (start + end) / 2 * np.where(near, 1.0, 0.6)[:, None]
+    t = np.linspace(0, 1, 15)[:, None, None]
+    curves = ((1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * end).swapaxes(0, 1)
+    many = min(1.0, 60 / max(len(i), 1))
+    lines = LineCollection(
+        list(curves),
+        linewidths=scale * many**0.4 * (0.6 + 2.4 * strength),
+        colors="#BBBBBB",
+        alpha=many**0.5,
+        zorder=0,
+    )
+    ax.add_collection(lines)
+    if len(i) <= 400:
+        for sender, receiver, curve in zip(j, i, curves[:, ::-1], strict=True):
+            if off[receiver, sender] and off[sender, receiver]:
+                continue
+            tail, tip = curve[[8, 9]] if off[receiver, sender] else curve[[6, 5]]
+            style = {"arrowstyle": "-|>", "color": "#777777", "mutation_scale": 11 * scale}
+            ax.annotate("", tip, tail, arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
+    inside = size <= 24
+    area = 260 if inside else np.clip(2000 / size, 4, 50)
+    ax.scatter(places[:, 0], places[:, 1], s=scale**2 * area, color=BLUE)
+    for k in range(size) if size <= 60 else _some(size, 24):
+        x, y = places[k] * (1 if inside else 1.12)
+        ax.text(
+            x,
+            y,
+            str(k),
+            color="white" if inside else "#444444",
+            ha="center",
+            va="center_baseline",
+            fontsize=(9 if inside else 6) * scale**0.5,
+        )
+    ax.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
+    ax.set_axis_off()
 
 
 def partition(counts: dict[str, np.ndarray], class_names: Sequence[str]) -> Figure:
     """Who holds what: the examples of each class that each agent holds.
 
     Args:
-        counts: partition -> int [A, K].
+        counts: partition -> int [A, K]; the number of agents A may differ.
         class_names: K names.
     """
-    num_agents, num_classes = next(iter(counts.values())).shape
+    columns = min(3, len(counts))
+    rows = -(-len(counts) // columns)
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(1.0 + 3.4 * len(counts), 3.2))
-        axes = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+        figure = Figure(figsize=(1.0 + 3.4 * columns, 0.4 + 2.8 * rows))
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
         largest = max(int(table.max()) for table in counts.values())
-        for ax, (title, table) in zip(axes, counts.items(), strict=True):
+        for ax, (title, table) in zip(axes.flat, counts.items(), strict=False):
             agent, label = np.nonzero(table)
-            area = table[agent, label] / largest * min(220.0, 2600.0 / max(num_agents, num_classes))
+            area = table[agent, label] / largest * min(220.0, 2600.0 / max(table.shape))
             ax.scatter(agent, label, s=area, color=GREEN, linewidth=0)
             ax.set_title(title)
-            ax.set_xlabel("agent")
             ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-            ax.set_xlim(-0.6, num_agents - 0.4)
-            if num_classes <= 20:
-                ax.set_yticks(range(num_classes), labels=list(class_names))
-        axes[0].set_ylabel("class")
+            ax.set_xlim(-0.6, len(table) - 0.4)
+            if len(class_names) <= 20:
+                ax.set_yticks(range(len(class_names)), labels=list(class_names))
+        _close_grid(axes, len(counts), "agent")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("class")
         figure.suptitle(
             f"Training examples held; the largest dot is {largest} examples", fontsize=9
         )

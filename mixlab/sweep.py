@@ -91,7 +91,9 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
 def is_finished(folder: Path, config: ConfigDict) -> bool:
     """Whether the run in `folder` has come to its end: its last record and checkpoint are there."""
     metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    if not metrics.exists() or (folder / "failed.json").exists():
+        return False
+    lines = metrics.read_text().splitlines()
     try:
         last = json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError):  # none, or one that a killed run was writing

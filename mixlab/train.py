@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mixlab import distributed, report, spec
-from mixlab.checkpoint import Checkpoints
+from mixlab.checkpoint import Checkpoints, read_agents
 from mixlab.experiment import Carry, Experiment, prepare
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
@@ -138,6 +138,11 @@ def _run(
         if (found := checkpoints.restore(like)) is not None:
             start, restored, meta = found
             carry = parallel.put(restored)
+        elif config.start_from:
+            wanted = {name: getattr(like.state, name) for name in ("variables", "opt_state")}
+            taken, told = read_agents(config.start_from, wanted, config.agents)
+            print(f"{title}  {told}", flush=True)
+            carry = experiment.adopt(carry, parallel.put(taken))
         metrics = stack.enter_context(MetricWriter(folder, meta["metrics_bytes"], start))
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)
@@ -268,7 +273,9 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         ValueError: a swept field is unknown or has no values, `sweep_skip` names a field that is
             not swept or leaves nothing, or two runs would have the same name.
     """
-    sweep = {field: tuple(values) for field, values in config.sweep.items()}
+    sweep: dict[str, tuple[Any, ...]] = {
+        field: tuple(values) for field, values in config.sweep.items()
+    }
     for field, values in sweep.items():
         if field not in config or field == "sweep":
             raise ValueError(f"sweep.{field} is not a field; {spec.nearest(field, config)}")
@@ -279,13 +286,13 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         raise ValueError(f"sweep_skip names {field!r}, which is not swept; swept: {list(sweep)}")
     found: dict[str, ConfigDict] = {}
     for combination in itertools.product(*sweep.values()):
-        values = dict(zip(sweep, combination, strict=True))
-        if any(all(_agrees(values[k], wanted) for k, wanted in skip.items()) for skip in skips):
+        chosen = dict(zip(sweep, combination, strict=True))
+        if any(all(_agrees(chosen[k], wanted) for k, wanted in skip.items()) for skip in skips):
             continue
         variant = config.copy_and_resolve_references()
         variant.sweep = ConfigDict()
         variant.sweep_skip = ()
-        for field, value in values.items():
+        for field, value in chosen.items():
             variant[field] = value
         name = "-".join(_slug(value) for value in combination) or _slug(config.strategy)
         if name in found:

@@ -1,11 +1,12 @@
 import pathlib
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from mixlab.checkpoint import CheckpointError, Checkpoints
+from mixlab.checkpoint import CheckpointError, Checkpoints, read_agents, resize
 
 
 def state(value=0.0):
@@ -110,3 +111,44 @@ def test_a_failed_save_names_the_folder_and_what_is_left(tmp_path):
         )
         with pytest.raises(CheckpointError, match=r"No space left .* step 30 is whole"):
             checkpoints.save(40, state(), {})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"), [(2, [0, 1]), (3, [0, 1, 2]), (7, [0, 1, 2] * 2 + [0])]
+)
+def test_agents_are_dropped_or_cloned_in_turn(wanted, rows):
+    tree = {"x": np.arange(6.0).reshape(3, 2), "none": None, "count": np.arange(3, dtype=np.int8)}
+    found = resize(tree, wanted)
+    np.testing.assert_array_equal(found["x"], tree["x"][rows])
+    assert found["none"] is None
+    assert found["count"].dtype == np.int8
+    with pytest.raises(ValueError, match="at least 1"):
+        resize(tree, 0)
+
+
+def test_another_run_begins_from_the_agents_of_this_one(tmp_path):
+    class State(NamedTuple):  # the fields of a run's state, before they are read
+        variables: Any
+        opt_state: Any
+        failed_at: Any
+
+    params = {"kernel": np.arange(8, dtype=np.float32).reshape(4, 2)}
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    opt_state = jax.tree.map(lambda x: np.array(x) + 1, optimizer.init(params))
+    saved = State({"params": params}, opt_state, np.zeros(4, np.int32))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, (saved, {"loss": np.zeros(4)}), {})
+        checkpoints.wait()
+    like = {"variables": saved.variables, "opt_state": opt_state}
+    found, told = read_agents(tmp_path, like, 6)
+    assert told.endswith("agents 4 to 5 are clones of them in turn")
+    assert jax.tree.structure(found) == jax.tree.structure(like)
+    rows = [0, 1, 2, 3, 0, 1]
+    np.testing.assert_array_equal(found["variables"]["params"]["kernel"], params["kernel"][rows])
+    np.testing.assert_array_equal(found["opt_state"][0].trace["kernel"], np.ones((6, 2)))
+    assert read_agents(tmp_path, like, 1)[1].endswith("agents 1 to 3 are dropped")
+    with pytest.raises(ValueError, match=r"same model and optimizer.*lack.*nu/kernel"):
+        read_agents(tmp_path, {**like, "opt_state": optax.adam(0.1).init(params)}, 4)
+    wider = {"params": {"kernel": np.zeros((4, 3), np.float32)}}
+    with pytest.raises(ValueError, match=r"kernel is .2,. there and .3,. here"):
+        read_agents(tmp_path, {**like, "variables": wider}, 4)

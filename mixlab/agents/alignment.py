@@ -1,19 +1,375 @@
-"""Agents brought into one order of their hidden units, within a program over the agent axis."""
+"""Agents brought into one order of their hidden units, within a program over the agent axis.
 
-from mixlab import align
+`match` compares every agent with some others; `spanning_forest` and `to_one_order` bring all
+agents into the order of one, over the edges of their graph.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse.csgraph
+
+from mixlab import align, spec, trees
+from mixlab.agents.network import Network
+from mixlab.agents.parallel import Axis
 from mixlab.agents.strategies.core import Problem
-from mixlab.types import Array
+from mixlab.align.activations import STATISTICS
+from mixlab.types import Array, PyTree
+
+MATCHINGS = ("activations", "weights")
+
+# What agents hold is bounded to this before it is compared: no square of it overflows, so that an
+# agent that diverged, or lies, matches badly and stops nobody.
+_BOUND = 1e9
+_SWEEPS = 10
 
 
-def needs(problem: Problem) -> tuple[align.Symmetry, Array]:
-    """The symmetry and the images of a problem.
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """By what the units of two agents are matched.
+
+    Attributes:
+        by: "activations" or "weights".
+        statistic: of activations, "correlation" or "second_moment".
+        batch: the number of images of one forward pass; None is all of them at once.
 
     Raises:
-        ValueError: it lacks one.
+        ValueError: an unknown name, or a batch below 1.
     """
-    if problem.symmetry is None or problem.images is None:
+
+    by: str = "activations"
+    statistic: str = "correlation"
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.by not in MATCHINGS:
+            raise ValueError(f"unknown matching {self.by!r}; {spec.nearest(self.by, MATCHINGS)}")
+        if self.statistic not in STATISTICS:
+            known = spec.nearest(self.statistic, STATISTICS)
+            raise ValueError(f"unknown statistic {self.statistic!r}; {known}")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"a batch for matching must be at least 1, got batch={self.batch}")
+
+    def symmetry(self, problem: Problem) -> align.Symmetry:
+        """The symmetry of a problem.
+
+        Raises:
+            ValueError: it lacks the symmetry, or the images that activations are compared on.
+        """
+        if problem.symmetry is None or (self.by == "activations" and problem.images is None):
+            raise ValueError(
+                "aligning agents needs the model's symmetry and images to compare activations on; "
+                "give both in Problem(symmetry=..., images=...)"
+            )
+        return problem.symmetry
+
+    def batches(self, images: Array, axis: int) -> list[Array]:
+        """The images in batches along an axis."""
+        count = images.shape[axis]
+        starts = range(self.batch or count, count, self.batch or count)
+        return jnp.split(images, list(starts), axis)
+
+
+def reestimated(axis: Axis, problem: Problem, variables: PyTree) -> PyTree:
+    """The agents' variables, BatchNorm statistics re-estimated on the images, if there are any."""
+    images = problem.images
+    if images is None:
+        return variables
+    if problem.local:
+        return axis.each(problem.batch_stats)(variables, images)
+    return axis.each(lambda own: problem.batch_stats(own, images))(variables)
+
+
+def match(
+    axis: Axis,
+    problem: Problem,
+    matching: Matching,
+    own: PyTree,
+    everyone: PyTree,
+    partners: Array,
+    *,
+    faithful: bool,
+) -> align.Permutations:
+    """Matches every agent with some others.
+
+    Images that all agents share are seen by each model once, whatever the number of its pairs.
+    Where every agent has images of its own, it runs its partners' models on them.
+
+    Args:
+        axis: the agent axis.
+        problem: gives the symmetry and the images.
+        matching: how.
+        own: variables of the block's agents, leaves [k, ...].
+        everyone: what arrived, leaves [A, ...].
+        partners: int32 [k, m], with whom each agent is compared.
+        faithful: whether what arrived of every agent is what it holds.
+
+    Returns:
+        Leaves [k, m, ...]: they bring the partners into the agent's order.
+    """
+    symmetry = matching.symmetry(problem)
+    if matching.by == "weights":
+
+        def by_weights(mine: PyTree, row: Array) -> align.Permutations:
+            find = functools.partial(
+                align.weight_matching, symmetry, _bounded(mine), backend=problem.assignment
+            )
+            return jax.lax.map(lambda j: find(_bounded(_row(everyone, j))), row)
+
+        return axis.each(by_weights)(own, partners)
+
+    def seen(variables: PyTree, images: Array) -> dict[str, align.Centred]:
+        return align.centre(_bounded(symmetry.activations(variables, images)), symmetry)
+
+    def on_shared(images: Array) -> PyTree:
+        views = axis.each(lambda variables: seen(variables, images))
+        ours = views(own)
+        theirs = axis.gather(ours if faithful else views(_row(everyone, axis.ids)))
+
+        def pairs(mine: PyTree, row: Array) -> PyTree:
+            return jax.lax.map(lambda j: align.cross_moments(mine, _row(theirs, j)), row)
+
+        return axis.each(pairs)(ours, partners)
+
+    def on_own(images: Array) -> PyTree:
+        def pairs(mine: PyTree, row: Array, images: Array) -> PyTree:
+            # Unrolled: convolutions within a loop are slow on CPU.
+            ours = seen(mine, images)
+            found = [
+                align.cross_moments(ours, seen(_row(everyone, row[s]), images))
+                for s in range(partners.shape[1])
+            ]
+            return trees.stack(found)
+
+        return axis.each(pairs)(own, partners, images)
+
+    def together(first: align.Moments, second: align.Moments) -> align.Moments:
+        return jax.vmap(jax.vmap(align.merge_moments))(first, second)
+
+    assert problem.images is not None
+    if problem.local:
+        moments = [on_own(images) for images in matching.batches(problem.images, 1)]
+    else:
+        moments = [on_shared(images) for images in matching.batches(problem.images, 0)]
+    total = functools.reduce(
+        lambda a, b: jax.tree.map(together, a, b, is_leaf=lambda x: isinstance(x, align.Moments)),
+        moments,
+    )
+    find = functools.partial(
+        align.match_moments,
+        statistic=matching.statistic,
+        backend=problem.assignment,
+        symmetry=symmetry,
+    )
+    return axis.each(jax.vmap(find))(total)
+
+
+class Forest(NamedTuple):
+    """Over which edges agents are brought into one order, breadth first.
+
+    Attributes:
+        parent: int32 [A], whom each agent is matched to; itself for a root, and for whom no root
+            reaches.
+        level: int32 [A], how many edges there are to the root; -1 where no root reaches.
+    """
+
+    parent: Array
+    level: Array
+
+
+def spanning_forest(adjacency: np.ndarray, awake: Array, settled: Array) -> Forest:
+    """A tree for each part of the graph, of the agents that are awake.
+
+    Args:
+        adjacency: bool [A, A]; edges are taken both ways.
+        awake: bool [A].
+        settled: bool [A], who is in the common order: these are the roots. In a part where
+            nobody is, also of those asleep, it is the first agent awake.
+    """
+    joined = adjacency | adjacency.T
+    _, part = scipy.sparse.csgraph.connected_components(joined, directed=False)
+    together = part[:, None] == part
+    ids = jnp.arange(len(joined), dtype=jnp.int32)
+    started = jnp.any(together & settled, axis=1)
+    first = jnp.argmax(together & awake, axis=1) == ids
+    roots = awake & jnp.where(started, settled, first)
+    edges = joined & awake & awake[:, None]
+
+    def grow(forest: tuple[Array, Forest]) -> tuple[Array, Forest]:
+        depth, (parent, level) = forest
+        near = edges & (level == depth)
+        new = jnp.any(near, axis=1) & (level < 0)
+        parent = jnp.where(new, jnp.argmax(near, axis=1).astype(jnp.int32), parent)
+        return depth + 1, Forest(parent, jnp.where(new, depth + 1, level))
+
+    start = jnp.int32(0), Forest(ids, jnp.where(roots, 0, -1).astype(jnp.int32))
+    return jax.lax.while_loop(lambda at: jnp.any(at[1].level == at[0]), grow, start)[1]
+
+
+def to_one_order(
+    network: Network,
+    problem: Problem,
+    matching: Matching,
+    variables: PyTree,
+    forest: Forest,
+    *,
+    universe: bool = False,
+) -> align.Permutations:
+    """The permutations that bring every agent of a forest into the order of its root.
+
+    Every agent is matched to its parent as both are; permutations are composed down the tree.
+
+    Args:
+        network: shows what the others hold.
+        problem: as for `match`.
+        matching: as for `match`.
+        variables: leaves [k, ...] of the block.
+        forest: see `spanning_forest`.
+        universe: go on from there, matching one agent after the other to the mean of all others,
+            until none moves: the result is consistent around every cycle of agents. Roots stay.
+
+    Returns:
+        Leaves [k, ...].
+
+    Raises:
+        ValueError: a universe by activations where every agent has images of its own.
+    """
+    symmetry, axis = matching.symmetry(problem), network.axis
+    everyone = network.exchange(variables)
+    below = forest.level > 0
+    found = match(
+        axis,
+        problem,
+        matching,
+        variables,
+        everyone,
+        forest.parent[axis.ids][:, None],
+        faithful=network.attack is None,
+    )
+    identity = symmetry.identity()
+
+    def to_parent(moving: Array, found: align.Permutations) -> align.Permutations:
+        there = symmetry.inverse({name: p[0] for name, p in found.items()})
+        return jax.tree.map(lambda p, own: jnp.where(moving, p, own), there, identity)
+
+    steps = axis.gather(axis.each(to_parent)(below[axis.ids], found))
+
+    def descend(depth: Array, composed: align.Permutations) -> align.Permutations:
+        onward = jax.vmap(symmetry.compose)(_row(composed, forest.parent), steps)
+        here = forest.level == depth
+        return jax.tree.map(lambda a, b: jnp.where(_along(here, a), a, b), onward, composed)
+
+    start = jax.tree.map(lambda p: jnp.broadcast_to(p, (len(below), *p.shape)), identity)
+    composed = jax.lax.fori_loop(1, jnp.max(forest.level) + 1, descend, start)
+    if universe:
+        own = variables if network.attack is None else _row(everyone, axis.ids)
+        views = _views(axis, problem, matching, own, everyone)
+        composed = _ascend(problem, matching, views, composed, forest.level)
+    return _row(composed, axis.ids)
+
+
+def _views(
+    axis: Axis, problem: Problem, matching: Matching, own: PyTree, everyone: PyTree
+) -> PyTree:
+    """What the universe is matched by, leaves [A, ...]; its mean over agents makes sense."""
+    if matching.by == "weights":
+        return _bounded(everyone)
+    if problem.local:
         raise ValueError(
-            "aligning agents needs the model's symmetry and images to compare activations on; "
-            "give both in Problem(symmetry=..., images=...)"
+            "align='universe' compares all agents on the same images, but every agent has its "
+            "own; use images that all share, matching='weights' or align='once'"
         )
-    return problem.symmetry, problem.images
+    symmetry, images = matching.symmetry(problem), problem.images
+    assert images is not None
+
+    def view(variables: PyTree) -> dict[str, Array]:
+        seen = align.centre(_bounded(symmetry.activations(variables, images)), symmetry)
+        found = {}
+        for name, units in seen.items():
+            if not symmetry.over[name]:
+                # The sum of correlations is the correlation with a sum of such.
+                spread = jnp.sqrt(units.squares / units.deviations.shape[-2])
+                found[name] = (
+                    units.deviations / jnp.maximum(spread, 1e-7)
+                    if matching.statistic == "correlation"
+                    else units.deviations + units.mean
+                )
+        return found
+
+    return axis.gather(axis.each(view)(own))
+
+
+def _ascend(
+    problem: Problem,
+    matching: Matching,
+    views: PyTree,
+    composed: align.Permutations,
+    level: Array,
+) -> align.Permutations:
+    """Matches one agent after the other to the sum of the others, leaves [A, ...]."""
+    symmetry = matching.symmetry(problem)
+
+    def place(permutations: align.Permutations, view: PyTree) -> PyTree:
+        if matching.by == "weights":
+            return symmetry.permute(permutations, view)
+        return {name: jnp.take(x, permutations[name], axis=-1) for name, x in view.items()}
+
+    def best(others: PyTree, view: PyTree, now: align.Permutations) -> align.Permutations:
+        if matching.by == "weights":
+            return align.weight_matching(
+                symmetry, others, view, init=now, backend=problem.assignment
+            )
+        # Inner products add up over the others, which correlations with a sum do not.
+        products = align.cross_moments(align.centre(others), align.centre(view))
+        found = align.match_moments(products, statistic="second_moment", backend=problem.assignment)
+        return {**now, **found}
+
+    def visit(i: Array, state: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
+        composed, total, moved = state
+        now, view = _row(composed, i), _row(views, i)
+        others = jax.tree.map(jnp.subtract, total, place(now, view))
+        new = jax.tree.map(lambda a, b: jnp.where(level[i] > 0, a, b), best(others, view, now), now)
+        changed = jnp.any(jnp.stack([jnp.any(new[name] != now[name]) for name in now]))
+        total = jax.tree.map(jnp.add, others, place(new, view))
+        composed = jax.tree.map(lambda all_, p: all_.at[i].set(p), composed, new)
+        return composed, total, moved | changed
+
+    def sweep(state: tuple[Array, Any, Any, Array]) -> tuple[Array, Any, Any, Array]:
+        count, composed, total, _ = state
+        start = composed, total, jnp.asarray(False)
+        return count + 1, *jax.lax.fori_loop(0, len(level), visit, start)
+
+    here = level >= 0
+    present = jax.tree.map(
+        lambda x: jnp.where(_along(here, x), x, 0), jax.vmap(place)(composed, views)
+    )
+    total = jax.tree.map(lambda x: jnp.sum(x, axis=0), present)
+    _, composed, _, _ = jax.lax.while_loop(
+        lambda state: (state[0] < _SWEEPS) & state[3],
+        sweep,
+        (jnp.int32(0), composed, total, jnp.asarray(True)),
+    )
+    return composed
+
+
+def _bounded(tree: PyTree) -> PyTree:
+    """The floating leaves in float32 or wider, finite and below `_BOUND`."""
+
+    def leaf(x: Array) -> Array:
+        if not trees.is_inexact(x):
+            return x
+        return jnp.clip(jnp.nan_to_num(x.astype(trees.wide(x.dtype))), -_BOUND, _BOUND)
+
+    return jax.tree.map(leaf, tree)
+
+
+def _row(tree: PyTree, i: Array) -> PyTree:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def _along(vector: Array, leaf: Array) -> Array:
+    return vector.reshape(vector.shape + (1,) * (leaf.ndim - 1))

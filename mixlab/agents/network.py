@@ -127,6 +127,34 @@ class Network:
         self._count(kind, _size(tree) if num_bytes is None else num_bytes, out, into)
         return self._arriving(tree)
 
+    def exchange(self, tree: PyTree) -> PyTree:
+        """What everyone sees of a tree, also of agents that are late; not counted, see `count`.
+
+        Unlike `broadcast` it may be called within a branch of the program.
+
+        Args:
+            tree: leaves [k, ...] of the block.
+
+        Returns:
+            Leaves [A, ...]: of a Byzantine agent what it pretends.
+        """
+        everyone = self.axis.gather(tree)
+        if self.attack is None or self.byzantine is None:
+            return everyone
+        key = jax.random.fold_in(self.key, len(self.messages))
+        return self.attack(key, everyone, self.byzantine)
+
+    def count(self, tree: PyTree, kind: str, sent: Array, received: Array) -> None:
+        """Counts messages that `exchange` stands for.
+
+        Args:
+            tree: what an agent sends, leaves [k, ...] of the block.
+            kind: see `Message`.
+            sent: int32 [A], to how many others each agent sends.
+            received: int32 [A], from how many each receives.
+        """
+        self._count(kind, _size(tree), sent, received)
+
     def mix(
         self,
         tree: PyTree,
@@ -314,18 +342,19 @@ class Network:
 
     def _arriving(self, tree: PyTree) -> PyTree:
         """What everyone sees of a tree, leaves [k, ...] -> [A, ...]."""
-        number = len(self.messages) - 1
         if self.late is not None:
-            late = self.late[self.axis.ids]
+            ids = self.axis.ids
+            absent = jnp.zeros(ids.shape, bool) if self.awake is None else ~self.awake[ids]
+            sent = ~absent
             if self.outbox is not None:
-                before, any_before = self.outbox[number]
-                late = late & any_before
-                tree = jax.tree.map(lambda old, x: jnp.where(_along(late, x), old, x), before, tree)
-            self._sent.append((tree, jnp.ones(self.axis.ids.shape, bool)))
-        everyone = self.axis.gather(tree)
-        if self.attack is None:
-            return everyone
-        return self.attack(jax.random.fold_in(self.key, number), everyone, self.byzantine)
+                before, any_before = self.outbox[len(self._sent)]
+                old = (self.late[ids] | absent) & any_before
+                tree = jax.tree.map(
+                    lambda old_, x: jnp.where(_along(old, x), old_, x), before, tree
+                )
+                sent |= any_before
+            self._sent.append((tree, sent))
+        return self.exchange(tree)
 
 
 def mix(matrix: Array | np.ndarray, stacked: PyTree) -> PyTree:

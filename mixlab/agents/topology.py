@@ -21,7 +21,7 @@ class Topology:
     """A graph of A agents with its mixing matrix, or T of them that take turns, round by round.
 
     A graph that does not change is the case of one round, T = 1: `rounds`, `period` and `at` serve
-    both, and what else is said of a topology holds of both as stated.
+    both. Round t = 0, 1, ... mixes with `rounds[t % period]`.
 
     Attributes:
         name: what was asked for, for tables and figures.
@@ -117,9 +117,8 @@ class Topology:
             return self.weights
         if isinstance(rule, str):
             of = push if rule == "push" else _rule(rule)
-            return np.stack([of(edges) for edges in _edges(self.rounds)]).reshape(
-                self.weights.shape
-            )
+            made = np.stack([of(edges) for edges in _edges(self.rounds)])
+            return made.reshape(self.weights.shape)
         given = Topology(f"weights for {self.name}", rule).weights
         if given.shape != self.weights.shape:
             raise ValueError(
@@ -185,12 +184,14 @@ class Topology:
         (Boyd et al. 2004, "Fastest mixing Markov chain on a graph", for T = 1). One agent has the
         gap 1.
         """
-        # Without the mean the rounds keep all eigenvalues but the 1 of consensus (Wielandt's
+        # Without the mean a round keeps its eigenvalues but the 1 of consensus (Wielandt's
         # deflation), and a product that is nearly zero keeps its digits.
-        product, *later = self.rounds - 1 / self.num_agents
-        for deflated in later:
-            product = deflated @ product
-        radius = _spectral_radius(product) ** (1 / self.period)
+        product = self.rounds[0] - 1 / self.num_agents
+        for w in self.rounds[1:]:
+            product = sparse.csr_array(w) @ product - product.mean(axis=0)
+        alone = self.period == 1 and self.symmetric
+        values = np.linalg.eigvalsh(product) if alone else np.linalg.eigvals(product)
+        radius = np.abs(values).max() ** (1 / self.period)
         return float(np.clip(1 - radius, 0, 1))
 
     def __str__(self) -> str:
@@ -225,15 +226,6 @@ def _flooding_time(rounds: np.ndarray) -> int:
         graph = senders[t % len(senders)]
         heard = np.bitwise_or.reduceat(heard[graph.indices], graph.indptr[:-1], axis=0)
     raise AssertionError
-
-
-def _spectral_radius(matrix: np.ndarray) -> float:
-    """The largest magnitude of an eigenvalue of a float64 [A, A]."""
-    # The magnitudes of a normal matrix (symmetric, circulant) are its singular values, which take
-    # a tenth of the time.
-    if np.allclose(matrix @ matrix.T, matrix.T @ matrix, rtol=0, atol=1e-15):
-        return float(np.linalg.norm(matrix, 2))
-    return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
 def metropolis(adjacency: np.ndarray) -> np.ndarray:
@@ -416,7 +408,8 @@ def from_matrix(
     """Given weights.
 
     Args:
-        weights: [A, A], non-negative, rows sum to one; row i weighs what agent i receives.
+        weights: [A, A], or [T, A, A] for rounds that take turns; non-negative, rows sum to one;
+            row i weighs what agent i receives.
         connected: whether a graph that is not connected is an error.
         name: for tables and figures.
 
@@ -613,7 +606,7 @@ def _until_connected(name: str, draw: Callable[[], np.ndarray], hint: str) -> To
 def erdos_renyi(n: int, p: float, seed: int = 0, *, weights: str = "metropolis") -> Topology:
     """A random graph: each pair is joined with probability p, drawn anew until connected.
 
-    The name says which draw was taken. (Erdős and Rényi 1959; Gilbert 1959.)
+    The name says which draw was taken, if not the first. (Erdős and Rényi 1959; Gilbert 1959.)
 
     Args:
         n: number of agents.
@@ -699,14 +692,12 @@ def _regular(n: int, degree: int, random: np.random.Generator) -> np.ndarray:
             left = np.unique(ends)
             if (adjacency | np.eye(n, dtype=bool))[np.ix_(left, left)].all():
                 break  # No two open ends can be joined: begin again.
-            ends = random.permutation(ends)
-            kept = []
-            for i, j in ends.reshape(-1, 2).tolist():
-                if i == j or adjacency[i, j]:
-                    kept += [i, j]
-                else:
-                    adjacency[i, j] = adjacency[j, i] = True
-            ends = np.array(kept, int)
+            i, j = np.sort(random.permutation(ends).reshape(-1, 2), axis=1).T
+            fits = np.zeros(len(i), bool)
+            fits[np.unique(i * n + j, return_index=True)[1]] = True
+            fits &= (i != j) & ~adjacency[i, j]
+            adjacency[i[fits], j[fits]] = adjacency[j[fits], i[fits]] = True
+            ends = np.concatenate([i[~fits], j[~fits]])
         else:
             return adjacency
 
@@ -752,8 +743,15 @@ def sequence(topologies: Sequence[Topology], *, connected: bool = True) -> Topol
         connected: whether it is an error that the rounds together do not connect the agents.
 
     Raises:
+        TypeError: one is no topology.
         ValueError: none or topologies of different sizes, or they are not connected.
     """
+    for t in topologies:
+        if not isinstance(t, Topology):
+            raise TypeError(
+                f"a sequence is of topologies, got {t!r}; names in text stand without quotes: "
+                f"sequence([ring, star])"
+            )
     sizes = {t.num_agents for t in topologies}
     if len(sizes) != 1:
         raise ValueError(f"a sequence needs topologies of one size, got sizes {sorted(sizes)}")

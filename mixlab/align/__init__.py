@@ -1,11 +1,14 @@
 """Finds the permutation symmetries of a network, and matches the hidden units of two of them."""
 
 from mixlab.align.activations import (
+    Centred,
     Moments,
     activation_matching,
     activation_statistics,
+    centre,
     correlation,
     covariance,
+    cross_moments,
     dead_units,
     match_activations,
     match_models,
@@ -33,6 +36,7 @@ from mixlab.align.zipping import (
 
 __all__ = [
     "Barrier",
+    "Centred",
     "Moments",
     "Permutations",
     "Symmetry",
@@ -42,8 +46,10 @@ __all__ = [
     "activation_universe",
     "assignment",
     "barrier",
+    "centre",
     "correlation",
     "covariance",
+    "cross_moments",
     "dead_units",
     "infer_symmetry",
     "match_activations",

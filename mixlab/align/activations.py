@@ -21,6 +21,20 @@ from mixlab.spec import nearest
 from mixlab.types import Array, PyTree
 
 
+class Centred(NamedTuple):
+    """Activations of one model: what its moments with any other model are made of.
+
+    Attributes:
+        mean: [..., n].
+        deviations: [..., S, n], the activations less their mean.
+        squares: [..., n], the sums of the squares of the deviations.
+    """
+
+    mean: Array
+    deviations: Array
+    squares: Array
+
+
 class Moments(NamedTuple):
     """First and second moments of two models' activations over the same rows.
 
@@ -56,15 +70,33 @@ def moments(reference: Array, other: Array) -> Moments:
     return _moments(_centred(reference), _centred(other))
 
 
-def _centred(values: Array) -> tuple[Array, Array, Array]:
-    """The mean, the deviations from it, and the sums of their squares."""
+def _centred(values: Array) -> Centred:
     values = values.astype(trees.wide(values.dtype))
     mean = jnp.mean(values, axis=-2)
     deviations = values - mean[..., None, :]
-    return mean, deviations, jnp.sum(jnp.square(deviations), axis=-2)
+    return Centred(mean, deviations, jnp.sum(jnp.square(deviations), axis=-2))
 
 
-def _moments(x: tuple[Array, Array, Array], y: tuple[Array, Array, Array]) -> Moments:
+def centre(
+    group_activations: Mapping[str, Array], symmetry: Symmetry | None = None
+) -> dict[str, Centred]:
+    """Centres the activations of a model once, for its moments with any number of others.
+
+    Args:
+        group_activations: [S, n] by group, as `Symmetry.activations` gives them.
+        symmetry: needed where permutations vary over loops or other groups.
+    """
+    return {name: _centred(_units(name, x, symmetry)) for name, x in group_activations.items()}
+
+
+def cross_moments(
+    reference: Mapping[str, Centred], other: Mapping[str, Centred]
+) -> dict[str, Moments]:
+    """The moments of two models by group, as `match_moments` takes them."""
+    return {name: _moments(x, other[name]) for name, x in reference.items()}
+
+
+def _moments(x: Centred, y: Centred) -> Moments:
     (mean_x, deviations_x, squares_x), (mean_y, deviations_y, squares_y) = x, y
     return Moments(
         total=jnp.asarray(deviations_x.shape[-2], deviations_x.dtype),

@@ -11,7 +11,7 @@ import scipy.optimize
 
 from mixlab import trees
 from mixlab.align.assignment import assignment, is_concrete
-from mixlab.align.inference.layout import Prod, Sum, atoms, label, paths, take, walk
+from mixlab.align.inference.layout import Atom, Prod, Sum, atoms, label, paths, take, walk
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.align.wreath import match_family
 from mixlab.spec import nearest
@@ -78,39 +78,38 @@ def weight_matching(
     if restarts is not None and (restarts < 1 or key is None):
         raise ValueError(f"restarts={restarts} must be at least 1, and needs key= to draw orders")
     trees.check_same_structure(reference, other, what="the two models")
-    concrete = is_concrete((reference, other, init or {}, key))
+    chosen = _weights(symmetry, reference, leaves), _weights(symmetry, other, leaves)
+    concrete = is_concrete((chosen, init or {}, key))
     on_host = concrete and backend in (None, "scipy") and jax.default_backend() == "cpu"
     start = symmetry.checked({} if init is None else init)
-    if order is not None:
-        for sweep in order:
-            if unknown := set(sweep) - set(symmetry.groups):
-                raise KeyError(
-                    f"order names {sorted(unknown)}; the groups are {[*symmetry.groups]}"
-                )
-    chosen = _weights(symmetry, reference, leaves), _weights(symmetry, other, leaves)
+    if order is not None and (unknown := set().union(*order) - symmetry.groups.keys()):
+        raise KeyError(f"order names {sorted(unknown)}; the groups are {[*symmetry.groups]}")
     problem = _Problem.of(symmetry, tuple(chosen[0]))
     size = sum(np.size(x) for x in chosen[0].values())
     runs = restarts or (_RESTARTS if key is not None and size <= _SMALL else 1)
     keys = None if key is None else jax.random.split(key, runs)
     if on_host:
-        ours, theirs = ({name: np.asarray(x) for name, x in tree.items()} for tree in chosen)
         start = {name: np.asarray(p) for name, p in start.items()}
-        sides: dict[int, dict[str, Any]] = {}
+        pair = _Pair(problem, *chosen)
         tried = [
-            _descend(problem, ours, theirs, start, sweeps, sides)
+            _descend(pair, start, sweeps)
             for sweeps in _sweeps(problem, keys, order, max_iterations)
         ]
         found = tried[0]
         if runs > 1:
-            found = max(tried, key=functools.partial(_objective, problem, ours, theirs))
+            found = max(tried, key=functools.partial(_objective, problem, *chosen))
         host = {name: found[name].astype(np.int32) for name in symmetry.groups}
         return cast(Permutations, jax.device_put(host))
     start = {name: jnp.asarray(p) for name, p in start.items()}
     visits = None
     if order is not None:
-        visits = jnp.asarray([[problem.number(name) for name in sweep] for sweep in order])
+        visits = jnp.asarray([[problem.number[name] for name in sweep] for sweep in order])
         max_iterations = min(max_iterations, len(order))
     return _compiled(problem, *chosen, start, keys, visits, max_iterations, backend)
+
+
+_Others = tuple[str, ...]
+"""The groups on a leaf besides the one that is looked at."""
 
 
 class _Part(NamedTuple):
@@ -155,6 +154,7 @@ class _Problem:
                 and all(self._times(leaf, name) <= 1 for leaf in touched for name in family)
             )
 
+        self.number = {name: i for i, family in enumerate(self.families) for name in family}
         # Those whose scores change when a family moves: itself only where it is not linear.
         self.neighbours = [
             {
@@ -166,8 +166,7 @@ class _Problem:
         ]
 
         self.plans = [self._plan(i) for i in range(len(self.families))]
-        # Of families of one group that no product or segment holds: the axes it is on.
-        self.axes = [self._axes(i) for i in range(len(self.families))]
+        self.blocks = [self._blocks(i) for i in range(len(self.families))]
 
     @classmethod
     def of(cls, symmetry: Symmetry, leaves: tuple[str, ...]) -> "_Problem":
@@ -180,10 +179,6 @@ class _Problem:
     def _times(self, leaf: str, group: str) -> int:
         """How many axes of a leaf carry a group."""
         return sum(any(atom.name == group for atom in atoms(term)) for term in self.layouts[leaf])
-
-    def number(self, group: str) -> int:
-        """The number of the family that a group belongs to."""
-        return next(i for i, family in enumerate(self.families) if group in family)
 
     def _plan(self, i: int) -> list[_Part]:
         """How the units of a family are read from each leaf that scores for it."""
@@ -201,17 +196,25 @@ class _Problem:
                 plan.append(_Part(leaf, owner, steps, order, shape))
         return plan
 
-    def _axes(self, i: int) -> list[tuple[str, int]] | None:
-        (name, *others), leaves = self.families[i], self.touched[i]
+    def _blocks(self, i: int) -> dict[_Others, list[tuple[str, list[int]]]] | None:
+        """The leaves of a plain group, by the other groups on them; None of other families.
+
+        A group is plain if it has leaves, each of which has one axis for it, and neither products,
+        segments, nor groups that vary. With a leaf goes the order of its axes: fixed ones, others,
+        its own.
+        """
+        (name, *more), leaves = self.families[i], self.touched[i]
         terms = [term for leaf in leaves for term in self.layouts[leaf]]
-        if others or self.symmetry.over[name] or any(isinstance(t, Prod | Sum) for t in terms):
+        varies = any(isinstance(t, Prod | Sum) or (isinstance(t, Atom) and t.over) for t in terms)
+        if more or varies or not self.linear[i]:
             return None
-        return [
-            (leaf, axis)
-            for leaf in leaves
-            for axis, term in enumerate(self.layouts[leaf])
-            if label(term) == name
-        ]
+        blocks: dict[_Others, list[tuple[str, list[int]]]] = {}
+        for leaf in leaves:
+            names = [str(t.name) if isinstance(t, Atom) else "" for t in self.layouts[leaf]]
+            order = sorted(range(len(names)), key=lambda axis: (names[axis] == name, names[axis]))
+            others = tuple(names[axis] for axis in order[:-1] if names[axis])
+            blocks.setdefault(others, []).append((leaf, order))
+        return blocks or None
 
     def sides(self, i: int, tree: Any, xp: Any) -> dict[str, Any]:
         """The units of each member of a family, its leaves beside each other, [*loops, S, U]."""
@@ -251,49 +254,86 @@ def _solve(scores: Any) -> Any:
     return np.asarray(solved, np.int32).reshape(scores.shape[:-1])
 
 
-def _descend(
-    problem: _Problem,
-    ours: Any,
-    theirs: Any,
-    start: Any,
-    sweeps: Iterable[Sequence[int]],
-    sides: dict[int, dict[str, Any]],
-) -> dict[str, Any]:
-    """Coordinate descent on the host; `sides` keeps the reference's units from run to run."""
-    permutations = dict(start)
-    moved = {name: p for name, p in start.items() if np.any(p != np.arange(p.shape[-1]))}
-    current = {leaf: take(x, problem.layouts[leaf], moved, np) for leaf, x in theirs.items()}
+class _Pair:
+    """Two models on the host, and what their scores are made of, kept from run to run."""
 
+    def __init__(self, problem: _Problem, ours: Any, theirs: Any) -> None:
+        self.problem, self.ours, self.theirs = problem, ours, theirs
+        self._sides: dict[int, dict[str, Any]] = {}
+        self._blocks: dict[int, dict[_Others, tuple[Any, Any]]] = {}
+
+    def scores(self, i: int, permutations: Any) -> dict[str, Any]:
+        """The scores of a family, the units of both models in their present order."""
+        if i not in self._sides:
+            self._sides[i] = self.problem.sides(i, self.ours, np)
+        current = self.problem.permuted(i, self.theirs, permutations, np)
+        scores = self.problem.scores(self._sides[i], self.problem.sides(i, current, np), np)
+        return {name: x.astype(np.float64) for name, x in scores.items()}
+
+    def blocks(self, i: int) -> dict[_Others, tuple[Any, Any]]:
+        """The blocks of a plain group in both models, [S, *others, n]."""
+        if i not in self._blocks:
+            (name,), sizes = self.problem.families[i], self.problem.symmetry.groups
+
+            def block(tree: Any, others: _Others, leaves: list[tuple[str, list[int]]]) -> Any:
+                shape = (-1, *(sizes[other] for other in others), sizes[name])
+                return np.concatenate(
+                    [tree[leaf].transpose(order).reshape(shape) for leaf, order in leaves]
+                )
+
+            self._blocks[i] = {
+                others: (block(self.ours, others, leaves), block(self.theirs, others, leaves))
+                for others, leaves in (self.problem.blocks[i] or {}).items()
+            }
+        return self._blocks[i]
+
+
+def _descend(pair: _Pair, start: Any, sweeps: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """Coordinate descent on the host."""
+    problem = pair.problem
+    permutations = dict(start)
     # A family whose neighbours have not moved since its last visit would gain nothing.
     stale = set(range(len(problem.families)))
+    # Of plain groups what each block scores, until another group on it moves.
+    known: list[dict[_Others, Any]] = [{} for _ in problem.families]
+
+    def improved(i: int) -> bool:
+        relative, gain = match_family(pair.scores(i, permutations), problem.families[i], _solve, np)
+        found = problem.moved(i, relative, permutations, np)
+        if not problem.linear[i]:
+            # Where the score is not linear in the permutation: look before leaping.
+            before, after = (problem.permuted(i, pair.theirs, p, np) for p in (permutations, found))
+            gain = min(gain, sum(np.vdot(pair.ours[k], x - before[k]) for k, x in after.items()))
+        if gain > 1e-12:
+            permutations.update(found)
+        return bool(gain > 1e-12)
+
+    def improved_plain(i: int) -> bool:
+        # The group's own units stay in the order they came in, so that scores outlive its moves.
+        (name,) = problem.families[i]
+        for others, (mine, block) in pair.blocks(i).items():
+            if others not in known[i]:
+                for axis, other in enumerate(others, 1):
+                    block = block.take(permutations[other], axis)
+                n = mine.shape[-1]
+                known[i][others] = mine.reshape(-1, n).T @ block.reshape(-1, n)
+        scores = sum(known[i].values()).astype(np.float64)
+        units, found = scipy.optimize.linear_sum_assignment(scores, maximize=True)
+        better = scores[units, found].sum() - scores[units, permutations[name]].sum() > 1e-12
+        if better:
+            permutations[name] = found
+        return bool(better)
 
     def improve(i: int) -> bool:
         if i not in stale:
             return False
         stale.discard(i)
-        if i not in sides:
-            sides[i] = problem.sides(i, ours, np)
-        scores = problem.scores(sides[i], problem.sides(i, current, np), np)
-        scores = {name: x.astype(np.float64) for name, x in scores.items()}
-        relative, gain = match_family(scores, problem.families[i], _solve, np)
-        if gain <= 1e-12:
+        if not (improved if problem.blocks[i] is None else improved_plain)(i):
             return False
-        axes = problem.axes[i]
-        if axes is None or not problem.linear[i]:
-            leaves = {
-                leaf: take(current[leaf], problem.layouts[leaf], relative, np)
-                for leaf in problem.touched[i]
-            }
-        else:
-            (step,) = relative.values()
-            leaves = {leaf: current[leaf].take(step, axis=axis) for leaf, axis in axes}
-        # Where the score is not linear in the permutation: look before leaping.
-        gains = (np.vdot(ours[k], x - current[k]) for k, x in leaves.items())
-        if not problem.linear[i] and sum(gains) <= 1e-12:
-            return False
-        permutations.update(problem.moved(i, relative, permutations, np))
-        current.update(leaves)
         stale.update(problem.neighbours[i])
+        for j in problem.neighbours[i]:
+            kept = known[j].items()
+            known[j] = {k: x for k, x in kept if problem.families[i].keys().isdisjoint(k)}
         return True
 
     for sweep in sweeps:
@@ -318,7 +358,7 @@ def _sweeps(
     """For each run its sweeps, the families in visiting order."""
     count = len(problem.families)
     if order is not None:
-        return [[[problem.number(name) for name in sweep] for sweep in order[:max_iterations]]]
+        return [([problem.number[name] for name in sweep] for sweep in order[:max_iterations])]
     if keys is not None:
         return np.asarray(_visits(keys, max_iterations, count)).tolist()
     return [[range(count)] * max_iterations]
@@ -395,9 +435,22 @@ def _compiled(
     return {name: p[best] for name, p in tried.items()}
 
 
+@functools.lru_cache(maxsize=64)
+def _names(structure: Any) -> list[str]:
+    numbers = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return [name for name, _ in trees.named_leaves(numbers)]
+
+
+@functools.lru_cache(maxsize=64)
+def _computed_in(dtype: Any) -> Any:
+    """The dtype that values count in; None where they do not."""
+    return trees.wide(dtype) if jnp.issubdtype(dtype, jnp.inexact) else None
+
+
 def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None) -> dict[str, Any]:
     """The leaves that count, in float32 or wider; on the host if they are there."""
-    named = dict(trees.named_leaves(variables))
+    values, structure = jax.tree.flatten(variables, is_leaf=lambda x: x is None)
+    named = dict(zip(_names(structure), values, strict=True))
     for name, shape in symmetry.leaf_shapes.items():
         if name not in named or np.shape(named[name]) != shape:
             found = np.shape(named[name]) if name in named else "none"
@@ -405,16 +458,19 @@ def _weights(symmetry: Symmetry, variables: PyTree, leaves: Sequence[str] | None
     if leaves is None:
         params = [name for name in symmetry.layouts if name.startswith("params/")]
         leaves = params or list(symmetry.layouts)
-    result: dict[str, Any] = {}
     for name in leaves:
         if name not in symmetry.layouts:
             raise KeyError(f"no leaf {name!r}; {nearest(name, symmetry.layouts)}")
-        value = named[name]
-        if jnp.issubdtype(value.dtype, jnp.inexact):
-            if jax.default_backend() == "cpu" and is_concrete(value):
-                value = np.asarray(value)
-                if not np.isfinite(value).all():
-                    raise ValueError(f"leaf {name!r} contains NaN or infinity")
-            wide = trees.wide(value.dtype)
-            result[name] = value if value.dtype == wide else value.astype(wide)
-    return result
+    on_host = jax.default_backend() == "cpu" and is_concrete([named[name] for name in leaves])
+    chosen: dict[str, Any] = {}
+    for name in leaves:
+        dtype = _computed_in(named[name].dtype)
+        if dtype is not None:
+            value = np.asarray(named[name]) if on_host else named[name]
+            chosen[name] = value if value.dtype == dtype else value.astype(dtype)
+    # One look at all of them costs less than one at each of many small ones.
+    every = [x.ravel() for x in chosen.values()] if on_host else []
+    if every and not np.isfinite(np.concatenate(every)).all():
+        name = next(name for name, x in chosen.items() if not np.isfinite(x).all())
+        raise ValueError(f"leaf {name!r} contains NaN or infinity")
+    return chosen

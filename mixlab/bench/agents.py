@@ -152,7 +152,7 @@ def _torch_loop(name: str, shape: tuple[int, ...]) -> Callable[[], None]:
     torch.set_num_threads(1)
     nn = torch.nn
 
-    class Block(nn.Module):  # type: ignore[name-defined, misc]
+    class Block(nn.Module):  # type: ignore[name-defined]
         def __init__(self, inputs: int, outputs: int, stride: int):
             super().__init__()
             self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -256,7 +256,7 @@ def _communication(
         here = problem._replace(images=shared["images"])
         return strategy.communicate(network, here, state).variables
 
-    state = agents.AgentState(variables, (), np.full(count, -1, np.int32))
+    state = agents.AgentState(variables, (), jnp.full(count, -1, jnp.int32))
     placed = where.put(state)
     shared = where.replicate(
         {"weights": np.asarray(topology.mixing_matrix(), np.float32), "images": images}

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -202,6 +203,115 @@ def test_batch_statistics_are_re_estimated_before_and_after():
         tasks.assert_trees(tasks.agent(found.variables, i), expected, rtol=1e-4, atol=1e-5)
 
 
+# ---------------------------------------------------------------- faults, images, other matchings
+
+TRIANGLE = agents.complete(3)
+
+
+@functools.cache
+def triangle(local=False, faulty=False, **options):
+    """A round of three agents; with `faulty` agent 2 lies, or agent 1 is late."""
+    where = agents.parallel(3, "vmap")
+    strategy, problem = agents.dimat(TRIANGLE, **options), tasks.mlp_problem()
+    rng = np.random.default_rng(4)
+    images = rng.normal(size=(3, 40, tasks.FEATURES)).astype(np.float32)
+
+    def attack(key, messages, byzantine):
+        return jax.tree.map(
+            lambda x: jnp.where(byzantine.reshape(3, *[1] * (x.ndim - 1)), 1e30, x), messages
+        )
+
+    def program(axis, state, images, shared):
+        fields = {name: x for name, x in shared.items() if name != "weights"}
+        if faulty:
+            sent = jax.tree.map(lambda x: x[axis.ids], shared["outbox"])
+            fields |= {"outbox": sent, "attack": attack}
+        network = tasks.network(axis, TRIANGLE, shared["weights"], **fields)
+        here = problem._replace(images=images, local=True) if local else problem
+        return strategy.communicate(network, here, state)
+
+    run = where.compile(program)
+
+    def call(variables, weights=TRIANGLE.weights, **faults):
+        state = tasks.start(variables, problem.optimizer, 3)
+        shared = {"weights": np.float32(weights), **faults}
+        return where.get(run(where.put(state), where.put(images), where.replicate(shared)))
+
+    return call, images
+
+
+def noisy_copies(num_agents):
+    """Permuted copies of one model that have drifted apart a little."""
+    rng = np.random.default_rng(9)
+    return jax.tree.map(
+        lambda x: x + 0.01 * rng.normal(size=x.shape).astype(np.float32), copies(num_agents)
+    )
+
+
+@pytest.mark.parametrize("options", [{"batch": 16}, {"matching": "weights"}], ids=str)
+def test_matching_by_parts_or_by_weights(options):
+    variables = noisy_copies(3)
+    found, _ = triangle(**options)
+    expected, _ = triangle()
+    tasks.assert_trees(found(variables).variables, expected(variables).variables)
+
+
+def test_agents_with_images_of_their_own_match_on_these():
+    variables = tasks.mlps(3)
+    run, images = triangle(local=True, statistic="second_moment")
+    found = run(variables).variables
+    symmetry = tasks.mlp_symmetry()
+    for i in range(3):
+        seen = [
+            jax.jit(symmetry.activations)(tasks.agent(variables, j), images[i]) for j in range(3)
+        ]
+        aligned = [
+            symmetry.permute(
+                align.match_activations(seen[i], seen[j], statistic="second_moment"),
+                tasks.agent(variables, j),
+            )
+            if j != i
+            else tasks.agent(variables, i)
+            for j in range(3)
+        ]
+        expected = jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *aligned)
+        tasks.assert_trees(tasks.agent(found, i), expected)
+
+
+def outbox(variables):
+    """The one message of a round, from before."""
+    return ((variables["params"], np.ones(3, bool)),)
+
+
+def test_robust_merges_of_aligned_neighbours_bear_a_liar():
+    variables, nobody = noisy_copies(3), np.zeros(3, bool)
+    honest = triangle()[0](variables).variables
+    faults = {"late": nobody, "byzantine": np.array([False, False, True])}
+    box = outbox(variables)
+    robust = triangle(faulty=True, merge="median")[0](variables, outbox=box, **faults).variables
+    plain = triangle(faulty=True)[0](variables, outbox=box, **faults).variables
+    for i in range(2):
+        tasks.assert_trees(tasks.agent(robust, i), tasks.agent(honest, i), atol=0.05)
+        assert np.abs(tasks.agent(plain, i)["params"]["Dense_1"]["kernel"]).min() > 1e28
+    # Nothing of it comes over an edge that carries nothing.
+    cut = np.float32([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
+    honest = triangle()[0](variables, cut).variables
+    tasks.assert_trees(
+        triangle(faulty=True)[0](variables, cut, outbox=box, **faults).variables, honest
+    )
+
+
+def test_of_a_late_agent_others_merge_what_it_sent_last():
+    variables, before = tasks.mlps(3), tasks.mlps(3, seed=8)
+    faults = {"late": np.array([False, True, False]), "byzantine": np.zeros(3, bool)}
+    run = triangle(faulty=True)[0]
+    found = run(variables, outbox=outbox(before), **faults).variables
+    stale = jax.tree.map(lambda x, old: np.stack([x[0], old[1], x[2]]), variables, before)
+    seen, own = triangle()[0](stale).variables, triangle()[0](variables).variables
+    for i, expected in enumerate((seen, own, seen)):
+        tasks.assert_trees(tasks.agent(found, i), tasks.agent(expected, i))
+
+
 # ---------------------------------------------------------------- consensus
 
 
@@ -235,6 +345,23 @@ def test_consensus_of_agents_that_agree():
         np.testing.assert_allclose(distance, np.zeros(4), atol=1e-6)
     tasks.assert_trees(found.plain, variables)
     tasks.assert_trees(found.aligned, variables)
+
+
+def test_consensus_among_some():
+    """Agent 2 is broken, and agent 0 has an order of its own that nobody asks for."""
+    variables = copies(4)
+    variables["params"]["Dense_1"]["kernel"][2] = np.nan
+    among = np.array([False, True, False, True])
+    found = tasks.over(
+        4,
+        lambda axis, v, m: agents.consensus(axis, tasks.mlp_problem(), v, among=m),
+        variables,
+        shared=[among],
+    )
+    np.testing.assert_allclose(found.aligned_distance, np.zeros(4), atol=1e-6)
+    tasks.assert_trees(found.aligned, jax.tree.map(lambda x: x[[1, 1, 1, 1]], variables))
+    mean = jax.tree.map(lambda x: np.broadcast_to(x[[1, 3]].mean(0), x.shape), variables)
+    tasks.assert_trees(found.plain, mean)
 
 
 def test_consensus_of_unlike_agents():

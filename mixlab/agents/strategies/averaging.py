@@ -1,16 +1,20 @@
-"""Local training between rounds in which neighbours average, as they are or aligned."""
+"""Local training, and rounds between in which neighbours average: as they are, or aligned."""
 
 import jax
 import jax.numpy as jnp
 
-from mixlab import align
 from mixlab import merge as merging
+from mixlab import spec
 from mixlab.agents import alignment
 from mixlab.agents.network import Network
+from mixlab.agents.parallel import Axis
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import AgentState, Problem, Strategy
 from mixlab.agents.topology import Topology
+from mixlab.align import Permutations
 from mixlab.types import Array, PyTree
+
+ALIGN = ("never", "once", "every", "universe")
 
 
 def wa(
@@ -26,120 +30,248 @@ def wa(
         merge: any method of `mixlab.merge` in the place of the weighted mean, such as
             `"median"`, see `Network.merge`.
         opt_state: what becomes of the optimizer's state at a merge: "keep" one's own, "reset"
-            it, or "permute", which averages the moments as the weights are.
+            it, or "permute", which merges the moments together with the weights.
+
+    Raises:
+        ValueError: an unknown `opt_state` or method.
 
     Source: DIMAT (Saadati et al., CVPR 2024), the baseline WA: all entries of the state are
     averaged, BatchNorm statistics included, and nothing is aligned.
     """
-    core.check_opt_state(opt_state)
-    method = core.method_of(merge)
-
-    def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
-        return _mixed(network, problem, state, method, opt_state)
-
-    return Strategy("wa", "round", core.nothing_before, core.local_step, communicate)
+    return gossip(topology, merge=merge, opt_state=opt_state)._replace(name="wa")
 
 
 def gossip(
     topology: Topology,
     *,
     align: str = "never",
+    matching: str = "activations",
+    statistic: str = "correlation",
     merge: str | merging.MergeMethod | None = None,
     opt_state: str = "keep",
 ) -> Strategy:
-    """Weighted averaging of agents that may first be brought into one basis."""
-    return wa(topology, merge=merge, opt_state=opt_state)._replace(name="gossip")
+    """Weighted averaging of agents that are first brought into one order of their hidden units.
+
+    At the first communication every agent is matched to its parent in a breadth-first tree of
+    the graph; permutations, composed down the tree, bring all into the order of agent 0. From
+    then on the plain mean makes sense, also that of all agents. Who was absent then is matched to
+    its neighbours when it returns. In aligned gossip, BatchNorm statistics are re-estimated
+    before matching and after each merge, as in `dimat`.
+
+    Args:
+        topology: who receives from whom, and the weights; the tree takes edges both ways.
+        align: "never" is `wa`; "once"; "every" aligns in every round; "universe" aligns once, and
+            then matches each agent to the mean of all others until none moves, for which
+            everyone needs to see everyone's model.
+        matching: by "activations" on the images of the problem, or by "weights".
+        statistic: of activations, "correlation" or "second_moment".
+        merge: as for `wa`.
+        opt_state: as for `wa`; moments follow the weights when an agent is brought into order.
+
+    Raises:
+        ValueError: an unknown name.
+
+    A Byzantine agent misleads those below it in the tree; in a universe by correlation it is one
+    vote among all.
+    """
+    core.check_opt_state(opt_state)
+    method = core.method_of(merge)
+    how = alignment.Matching(matching, statistic)
+    if align not in ALIGN:
+        raise ValueError(f"align={align!r} is unknown; {spec.nearest(align, ALIGN)}")
+
+    def init(axis: Axis, problem: Problem, state: AgentState) -> AgentState:
+        """Remembers who is in the common order."""
+        if align in ("never", "every"):
+            return state
+        return state._replace(memory=jnp.zeros(axis.ids.shape, bool))
+
+    def plan(network: Network, state: AgentState) -> tuple[alignment.Forest, Array]:
+        """The forest of this round, and who is in the common order once it has been climbed."""
+        everyone = jnp.ones(network.num_agents, bool)
+        awake = everyone if network.awake is None else network.awake
+        settled = ~everyone if align == "every" else network.axis.gather(state.memory)
+        forest = alignment.spanning_forest(network.adjacency, awake, settled)
+        return forest, settled | (forest.level >= 0)
+
+    def find(
+        network: Network, problem: Problem, variables: PyTree, forest: alignment.Forest
+    ) -> Permutations:
+        return alignment.to_one_order(
+            network, problem, how, variables, forest, universe=align == "universe"
+        )
+
+    def in_order(network: Network, problem: Problem, state: AgentState) -> AgentState:
+        """The state after everyone awake was brought into the common order."""
+        symmetry, each = how.symmetry(problem), network.axis.each
+        forest, settled = plan(network, state)
+
+        def bring(own: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            variables, moments = own
+            variables = alignment.reestimated(network.axis, problem, variables)
+            permutations = find(network, problem, variables, forest)
+            return each(symmetry.permute)(permutations, (variables, moments))
+
+        moments = () if opt_state == "reset" else state.opt_state
+        own = (state.variables, moments)
+        moving = forest.level > 0
+        if align == "every":
+            variables, moments = bring(own)
+        else:
+            variables, moments = jax.lax.cond(jnp.any(moving), bring, lambda own: own, own)
+            state = state._replace(memory=settled[network.axis.ids])
+        _count(network, state.variables, forest, universe=align == "universe")
+        if opt_state == "reset":
+            moments = state.opt_state
+        return state._replace(variables=variables, opt_state=moments)
+
+    def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
+        if align == "never":
+            return _merged(network, problem, state, method, opt_state)
+        state = _merged(network, problem, in_order(network, problem, state), method, opt_state)
+        return state._replace(
+            variables=alignment.reestimated(network.axis, problem, state.variables)
+        )
+
+    def match(network: Network, problem: Problem, state: AgentState) -> Permutations:
+        variables = alignment.reestimated(network.axis, problem, state.variables)
+        return find(network, problem, variables, plan(network, state)[0])
+
+    return Strategy(
+        "gossip", "round", init, core.local_step, communicate, match if align == "every" else None
+    )
 
 
-def _mixed(
+def dimat(
+    topology: Topology,
+    *,
+    matching: str = "activations",
+    statistic: str = "correlation",
+    batch: int | None = None,
+    merge: str | merging.MergeMethod | None = None,
+    opt_state: str = "reset",
+) -> Strategy:
+    """Decentralized iterative merging and training: align the neighbours, then average.
+
+    Every round each agent matches its neighbours' hidden units to its own, permutes them, and
+    takes the weighted mean; then BatchNorm statistics are re-estimated. All agents merge from the
+    same snapshot. Images that all agents share are seen once by each model, for all pairs that it
+    takes part in; where every agent has its own, it runs its neighbours' models on them.
+
+    Args:
+        topology: who receives from whom, and the weights.
+        matching: by "activations" on the images of the problem, or by "weights" (git re-basin).
+        statistic: of activations, "correlation" (DIMAT) or "second_moment" (git re-basin).
+        batch: the number of images in one forward pass of matching, to spare memory; all at once
+            by default.
+        merge: any method of `mixlab.merge` in the place of the weighted mean, such as
+            `"trimmed_mean(f=1)"`; it merges the aligned neighbourhood, see `Network.merge`.
+        opt_state: what becomes of the optimizer's state at a merge: "reset" (DIMAT), "keep" one's
+            own, or "permute": the neighbours' moments are sent, permuted and merged with their
+            weights.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Source: Saadati et al., CVPR 2024, algorithm 1; matching after Li et al. 2015 and ZipIt.
+    """
+    core.check_opt_state(opt_state)
+    method = core.method_of(merge)
+    how = alignment.Matching(matching, statistic, batch)
+
+    def matched(
+        network: Network, problem: Problem, state: AgentState
+    ) -> tuple[PyTree, PyTree, Permutations]:
+        """What an agent holds, what arrives of everyone, and the neighbours' permutations."""
+        how.symmetry(problem)  # what is lacking is said before anything is computed
+        variables = alignment.reestimated(network.axis, problem, state.variables)
+        own, everyone = _sent(network, state._replace(variables=variables), opt_state)
+        permutations = alignment.match(
+            network.axis,
+            problem,
+            how,
+            variables,
+            everyone["variables"],
+            network.partners()[:, 1:],
+            faithful=network.late is None and network.attack is None,
+        )
+        return own, everyone, permutations
+
+    def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
+        symmetry, each = how.symmetry(problem), network.axis.each
+        own, everyone, permutations = matched(network, problem, state)
+        unmoved = symmetry.identity()
+
+        def aligned(silent: Array, permutations: Permutations, models: PyTree) -> PyTree:
+            def one(silent: Array, permutations: Permutations, model: PyTree) -> PyTree:
+                # In the place of one that is silent is the agent itself, which is in order.
+                return symmetry.permute(
+                    {name: jnp.where(silent, unmoved[name], p) for name, p in permutations.items()},
+                    model,
+                )
+
+            others = jax.vmap(one)(silent[1:], permutations, jax.tree.map(lambda x: x[1:], models))
+            return jax.tree.map(lambda x, rest: jnp.concatenate([x[:1], rest]), models, others)
+
+        models = each(aligned)(network.silent(), permutations, network.neighbourhood(own, everyone))
+        merged = network.merge_neighbourhood(own, models, method)
+        variables = alignment.reestimated(network.axis, problem, merged["variables"])
+        if opt_state == "permute":
+            return state._replace(variables=variables, opt_state=merged["moments"])
+        moments = core.at_merge(opt_state, network, problem, state, variables["params"])
+        return state._replace(variables=variables, opt_state=moments)
+
+    return Strategy(
+        "dimat",
+        "round",
+        core.nothing_before,
+        core.local_step,
+        communicate,
+        lambda network, problem, state: matched(network, problem, state)[2],
+    )
+
+
+def _sent(network: Network, state: AgentState, opt_state: str) -> tuple[PyTree, PyTree]:
+    """What agents merge, moments included if they are "permute"d: one's own, and as it arrives."""
+    own = {"variables": state.variables}
+    everyone = {"variables": core.broadcast_variables(network, state.variables)}
+    if opt_state == "permute":
+        own["moments"] = state.opt_state
+        everyone["moments"] = network.broadcast(state.opt_state, "parameters")
+    return own, everyone
+
+
+def _merged(
     network: Network,
     problem: Problem,
     state: AgentState,
     method: merging.MergeMethod | None,
     opt_state: str,
 ) -> AgentState:
-    """The state after each agent became the mixture of its neighbourhood."""
-    variables = core.mix_variables(network, state.variables, method)
-    if opt_state == "permute":
-        moments = network.mix(state.opt_state, "parameters", method=method)
+    """The state after each agent became the mixture of its neighbourhood, as it is."""
+    own, everyone = _sent(network, state, opt_state)
+    if method is None:
+        merged = network.combine(own, everyone)
     else:
-        moments = core.at_merge(opt_state, network, problem, state, variables["params"])
+        merged = network.merge(own, everyone, method)
+    variables = merged["variables"]
+    if opt_state == "permute":
+        return state._replace(variables=variables, opt_state=merged["moments"])
+    moments = core.at_merge(opt_state, network, problem, state, variables["params"])
     return state._replace(variables=variables, opt_state=moments)
 
 
-def dimat(
-    topology: Topology,
-    *,
-    statistic: str = "correlation",
-    merge: str | merging.MergeMethod | None = None,
-    opt_state: str = "reset",
-) -> Strategy:
-    """Decentralized iterative merging and training: align the neighbours, then average.
-
-    Every round each agent matches its neighbours' hidden units to its own by their activations on
-    the shared images, permutes them, and takes the weighted mean; then BatchNorm statistics are
-    re-estimated. All agents merge from the same snapshot. One forward pass an agent serves all
-    pairs that it takes part in.
-
-    Args:
-        topology: who receives from whom, and the weights.
-        statistic: "correlation" (DIMAT) or "second_moment" (git re-basin).
-        merge: any method of `mixlab.merge` in the place of the weighted mean, see
-            `Network.merge`.
-        opt_state: what becomes of the optimizer's state at a merge: "reset" (DIMAT), "keep" one's
-            own, or "permute": the neighbours' moments are permuted and averaged as their weights.
-
-    Source: Saadati et al., CVPR 2024, algorithm 1; matching after Li et al. 2015 and ZipIt.
-    """
-    core.check_opt_state(opt_state)
-    method = core.method_of(merge)
-
-    def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
-        symmetry, images = alignment.needs(problem)
-        each = network.axis.each
-        own: dict[str, PyTree] = {
-            "variables": each(lambda v: problem.batch_stats(v, images))(state.variables)
-        }
-        everyone = {"variables": core.broadcast_variables(network, own["variables"])}
-        if opt_state == "permute":
-            own["moments"] = state.opt_state
-            everyone["moments"] = network.broadcast(state.opt_state, "parameters")
-
-        def see(variables: PyTree) -> PyTree:
-            return symmetry.activations(variables, images)
-
-        ours = each(see)(own["variables"])
-        theirs = ours
-        if network.late is not None or network.attack is not None:
-            theirs = each(see)(jax.tree.map(lambda x: x[network.axis.ids], everyone["variables"]))
-        theirs = network.axis.gather(theirs)
-
-        def aligned(partners: Array, own_activations: PyTree, models: PyTree) -> PyTree:
-            def one(partner: Array, model: PyTree) -> PyTree:
-                permutations = align.match_activations(
-                    own_activations,
-                    jax.tree.map(lambda x: x[partner], theirs),
-                    statistic=statistic,
-                    backend=problem.assignment,
-                    symmetry=symmetry,
-                )
-                return symmetry.permute(permutations, model)
-
-            first, rest = (
-                jax.tree.map(lambda x, s=s: x[s], models) for s in (slice(1), slice(1, None))
-            )
-            if partners.shape[0] == 1:
-                return first
-            others = jax.lax.map(lambda pair: one(*pair), (partners[1:], rest))
-            return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, others)
-
-        models = network.neighbourhood(own, everyone)
-        models = each(aligned)(network.partners(), ours, models)
-        merged = network.merge_neighbourhood(own, models, method)
-        variables = each(lambda v: problem.batch_stats(v, images))(merged["variables"])
-        moments = merged.get("moments")
-        if opt_state != "permute":
-            moments = core.at_merge(opt_state, network, problem, state, variables["params"])
-        return state._replace(variables=variables, opt_state=moments)
-
-    return Strategy("dimat", "round", core.nothing_before, core.local_step, communicate)
+def _count(
+    network: Network, variables: PyTree, forest: alignment.Forest, *, universe: bool
+) -> None:
+    """Counts the models that are sent to bring agents into one order."""
+    moving, here = forest.level > 0, forest.level >= 0
+    ids = jnp.arange(len(moving))
+    if universe:
+        hears = moving[:, None] & here & ~jnp.eye(len(ids), dtype=bool)
+    else:
+        hears = moving[:, None] & (forest.parent[:, None] == ids)
+    sent, received = hears.sum(0, dtype=jnp.int32), hears.sum(1, dtype=jnp.int32)
+    for name, value in variables.items():
+        kind = "parameters" if name == "params" else "statistics"
+        network.count(value, kind, sent, received)

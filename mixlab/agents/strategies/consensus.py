@@ -5,11 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixlab import align, trees
+from mixlab import trees
 from mixlab.agents import alignment
 from mixlab.agents.parallel import Axis
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import Problem
+from mixlab.align import Permutations
 from mixlab.types import Array, PyTree
 
 
@@ -18,7 +19,7 @@ class Consensus(NamedTuple):
 
     Attributes:
         plain: the variables' mean over agents.
-        aligned: the mean after every agent has been aligned to agent 0.
+        aligned: the mean after every agent has been aligned to the first.
         plain_distance: root mean square over agents of the parameters' distance to their mean,
             as a fraction of the root mean square of the agents' norms. 0 is consensus.
         aligned_distance: the same after alignment.
@@ -30,39 +31,60 @@ class Consensus(NamedTuple):
     aligned_distance: Array
 
 
-def consensus(axis: Axis, problem: Problem, variables: PyTree) -> Consensus:
-    """Averages all agents, as they are and aligned to agent 0, BatchNorm re-estimated.
+def consensus(
+    axis: Axis, problem: Problem, variables: PyTree, *, among: Array | None = None
+) -> Consensus:
+    """Averages all agents, as they are and aligned to the first, BatchNorm re-estimated.
 
     Agents that were aligned only pairwise live in different bases, where the plain mean is of no
-    use: it is the aligned mean that tells whether they agree.
+    use: it is the aligned mean that tells whether they agree. Where every agent has images of its
+    own, each aligns itself on these, and the statistics that the mean has on them are averaged.
+
+    Args:
+        axis: the agent axis.
+        problem: gives the symmetry and the images.
+        variables: leaves [k, ...].
+        among: bool [A], the agents that count, such as those that are honest and awake; all by
+            default. There must be one.
 
     Returns:
         A `Consensus` whose leaves have the block's leading axis, equal for every agent.
     """
-    symmetry, images = alignment.needs(problem)
-    activations = axis.each(lambda v: symmetry.activations(v, images))(variables)
-    reference = jax.tree.map(lambda x: axis.gather(x)[0], activations)
+    everyone = jnp.ones(axis.gather(axis.ids).shape, bool)
+    among = everyone if among is None else among
+    count = jnp.sum(among, dtype=jnp.float32)
+    matching = alignment.Matching()
+    symmetry = matching.symmetry(problem)
+    first = jnp.broadcast_to(jnp.argmax(among), (*axis.ids.shape, 1))
+    permutations = alignment.match(
+        axis, problem, matching, variables, axis.gather(variables), first, faithful=True
+    )
 
-    def to_reference(own: PyTree, own_activations: PyTree) -> PyTree:
-        permutations = align.match_activations(
-            reference,
-            own_activations,
-            backend=problem.assignment,
-            symmetry=symmetry,
-        )
-        return symmetry.permute(permutations, own)
+    def to_first(permutations: Permutations, own: PyTree) -> PyTree:
+        there = symmetry.inverse(jax.tree.map(lambda p: p[0], permutations))
+        return symmetry.permute(there, own)
 
-    def mean_and_distance(variables: PyTree) -> tuple[PyTree, Array]:
+    def counted(x: Array) -> Array:
+        shape = (-1, *(1,) * (x.ndim - 1))
+        return jnp.where(among[axis.ids].reshape(shape), x, jnp.zeros((), x.dtype))
+
+    def mean(tree: PyTree) -> PyTree:
         def leaf(x: Array) -> Array:
             if not trees.is_inexact(x):
-                return x
-            mean = jnp.mean(axis.gather(x).astype(trees.wide(x.dtype)), axis=0)
-            return jnp.broadcast_to(mean.astype(x.dtype), x.shape)
+                return jnp.broadcast_to(axis.gather(x)[first[0, 0]], x.shape)
+            wide = trees.wide(x.dtype)
+            total = jnp.sum(axis.gather(counted(x)).astype(wide), axis=0)
+            return jnp.broadcast_to((total / count.astype(wide)).astype(x.dtype), x.shape)
 
-        mean = jax.tree.map(leaf, variables)
-        distance = core.distance(axis, variables, mean)
-        return axis.each(lambda v: problem.batch_stats(v, images))(mean), distance
+        return jax.tree.map(leaf, tree)
+
+    def mean_and_distance(variables: PyTree) -> tuple[PyTree, Array]:
+        middle = mean(variables)
+        # Who does not count adds nothing to the distances, nor to the norms.
+        distance = core.distance(axis, *jax.tree.map(counted, (variables, middle)))
+        middle = alignment.reestimated(axis, problem, middle)
+        return (mean(middle) if problem.local else middle), distance
 
     plain, plain_distance = mean_and_distance(variables)
-    aligned, aligned_distance = mean_and_distance(axis.each(to_reference)(variables, activations))
+    aligned, aligned_distance = mean_and_distance(axis.each(to_first)(permutations, variables))
     return Consensus(plain, aligned, plain_distance, aligned_distance)
