@@ -116,7 +116,7 @@ def test_cross_gradients_solve_their_quadratic_program(entries):
     own = rng.normal(size=entries).astype(np.float32)
     weights = np.float32([0.2, 0.1, 0.3, 0.0])
     args = {"w": jnp.asarray(own)}, {"w": jnp.asarray(rows)}, jnp.float32(0.4), jnp.asarray(weights)
-    m, q = weights[:, None] * rows, 0.4 * own
+    m, q = weights[:, None] * rows.astype(float), 0.4 * own.astype(float)
     for projection, sign, low, high in (("dimat", 1, -np.inf, 0.5), ("cone", -1, 0, np.inf)):
         v = scipy.optimize.lsq_linear(m[:3].T, sign * q, (low, high), tol=1e-12).x
         found = np.asarray(stepwise._cross(*args, projection)["w"])

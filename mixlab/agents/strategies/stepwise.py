@@ -7,7 +7,11 @@ DIMAT froze it for these baselines by accident.)
 
 import functools
 from collections.abc import Sequence
+<<<<<<< HEAD
 from typing import Any
+=======
+from typing import NamedTuple
+>>>>>>> gradients
 
 import jax
 import jax.numpy as jnp
@@ -289,10 +293,10 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
     ) -> AgentState:
         slots, valid = neighbour_slots(network.adjacency)
         others, real = slots[:, 1:], valid[:, 1:]
-        # As which neighbour of j agent i is answered, for j the neighbour of i in slot s.
-        mine = np.argmax(others[others] == np.arange(len(others))[:, None, None], axis=2)
         if not others.shape[1]:
             return plain.local_step(network, problem, state, gradients)
+        # As which neighbour of j agent i is answered, for j the neighbour of i in slot s.
+        mine = np.argmax(others[others] == np.arange(len(others))[:, None, None], axis=2)
 
         everyone = network.broadcast(state.variables["params"], "parameters")
 
@@ -352,6 +356,16 @@ def _cross(own: PyTree, got: PyTree, weight: Array, row: Array, projection: str)
     )
 
 
+class _Descent(NamedTuple):
+    """Where `_least_squares_below` is, was, looks, and with what momentum."""
+
+    iteration: Array
+    u: Array
+    before: Array
+    ahead: Array
+    t: Array
+
+
 def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
     """Minimises `u^T gram u / 2 - target^T u` subject to `u <= bound`, for T problems at once.
 
@@ -372,6 +386,7 @@ def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
     target = target / scale
     steepness = jnp.maximum(jnp.abs(gram).sum(axis=2).max(axis=1), 1.0)[:, None]
 
+<<<<<<< HEAD
     def moved(held: Any) -> Array:
         count, u, before, *_ = held
         tolerance = 1e-7 * (jnp.abs(u).max() + 1e-30)
@@ -383,9 +398,22 @@ def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
         new = jnp.minimum(ahead - slope / steepness, bound * scale)
         uphill = jnp.sum((ahead - new) * (new - u), axis=1, keepdims=True) > 0
         t = jnp.where(uphill, 1.0, t)
+=======
+    def moved(held: _Descent) -> Array:
+        tolerance = 1e-7 * (jnp.abs(held.u).max() + 1e-30)
+        change = jnp.abs(held.u - held.before).max()
+        return (held.iteration < 2) | ((held.iteration < _ITERATIONS) & (change > tolerance))
+
+    def descend(held: _Descent) -> _Descent:
+        slope = jnp.einsum("tij,tj->ti", gram, held.ahead, precision=jax.lax.Precision.HIGHEST)
+        new = jnp.minimum(held.ahead - (slope - target) / steepness, bound * scale)
+        step = new - held.u
+        uphill = jnp.sum((held.ahead - new) * step, axis=1, keepdims=True) > 0
+        t = jnp.where(uphill, 1.0, held.t)
+>>>>>>> gradients
         later = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
-        return count + 1, new, u, new + (t - 1) / later * (new - u), later
+        return _Descent(held.iteration + 1, new, held.u, new + (t - 1) / later * step, later)
 
     zero = jnp.zeros_like(target)
-    start = (jnp.int32(0), zero, zero, zero, jnp.ones_like(steepness))
-    return jax.lax.while_loop(moved, descend, start)[1] / scale
+    start = _Descent(jnp.int32(0), zero, zero, zero, jnp.ones_like(steepness))
+    return jax.lax.while_loop(moved, descend, start).u / scale
