@@ -1,6 +1,6 @@
 """Mix agents: decentralized training in which agents train locally and merge with neighbours."""
 
-from mixlab.agents import partition, topology
+from mixlab.agents import attacks, compression, faults, partition, topology
 from mixlab.agents.parallel import Axis, Parallel, force_cpu_devices, parallel
 from mixlab.agents.strategies import (
     AgentState,
@@ -37,7 +37,9 @@ __all__ = [
     "Problem",
     "Strategy",
     "Topology",
+    "attacks",
     "complete",
+    "compression",
     "consensus",
     "data_parallel",
     "dimat",
@@ -45,6 +47,7 @@ __all__ = [
     "dpsgd",
     "erdos_renyi",
     "exponential",
+    "faults",
     "force_cpu_devices",
     "from_edges",
     "from_matrix",
