@@ -1,6 +1,6 @@
 """Mix agents: decentralized training in which agents train locally and merge with neighbours."""
 
-from mixlab.agents import attacks, faults, partition, topology
+from mixlab.agents import attacks, compression, faults, partition, topology
 from mixlab.agents.network import Message, Network, mix
 from mixlab.agents.parallel import Axis, Parallel, force_cpu_devices, parallel
 from mixlab.agents.strategies import (
@@ -72,6 +72,7 @@ __all__ = [
     "cga",
     "choco",
     "complete",
+    "compression",
     "consensus",
     "data_parallel",
     "diloco",

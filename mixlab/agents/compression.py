@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixlab import spec, trees
+from mixlab import random, spec, trees
 from mixlab.types import Array, Key, PyTree
 
 _INDEX_BYTES = 4
@@ -60,7 +60,7 @@ def top_k(fraction: float, *, scope: str = "model") -> Compressor:
     """
 
     def scores(key: Key, leaf: Array) -> Array:
-        return jnp.abs(leaf).astype(_score_dtype(leaf)).reshape(-1)
+        return jnp.abs(leaf).astype(trees.wide(leaf.real.dtype)).reshape(-1)
 
     return _sparse("top_k", fraction, scope, scores, scaled=False, seeded=False)
 
@@ -83,7 +83,7 @@ def random_k(fraction: float, *, scope: str = "model", unbiased: bool = False) -
     """
 
     def scores(key: Key, leaf: Array) -> Array:
-        return jax.random.uniform(key, (leaf.size,), _score_dtype(leaf))
+        return random.uniform(key, (leaf.size,))
 
     return _sparse("random_k", fraction, scope, scores, scaled=unbiased, seeded=True)
 
@@ -132,7 +132,7 @@ def quantise(bits: int, *, bucket: int | None = 512, unbiased: bool = True) -> C
             unit = rows / jnp.where(largest > 0, largest, 1)
             length = jnp.sqrt(jnp.sum(jnp.square(unit), axis=1, keepdims=True))
             place = levels * jnp.abs(unit) / jnp.where(length > 0, length, 1)
-            drawn = jax.random.uniform(trees.name_key(key, name), rows.shape, rows.dtype)
+            drawn = random.uniform(trees.name_key(key, name), rows.shape).astype(rows.dtype)
             level = jnp.floor(place + drawn)
             factor = 1 if unbiased else 1 + min(width / levels**2, math.sqrt(width) / levels)
             sent = jnp.sign(unit) * level * (largest * length / (levels * factor))
@@ -255,10 +255,6 @@ def _real(name: str, leaf: Array) -> Array:
             "imaginary parts as two leaves"
         )
     return leaf.astype(trees.wide(leaf.dtype)).reshape(-1)
-
-
-def _score_dtype(leaf: Array) -> jnp.dtype:
-    return trees.wide(leaf.real.dtype)
 
 
 COMPRESSORS: dict[str, Callable[..., Compressor]] = {

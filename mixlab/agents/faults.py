@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab import spec
+from mixlab import random, spec
 from mixlab.agents import attacks
 from mixlab.types import Array, ArrayLike, Key
 
@@ -152,7 +152,7 @@ def dropout(num_agents: int, p: float, *, rounds: int = 1) -> Faults:
         raise ValueError(f"dropout lasts for at least 1 round, got rounds={rounds}")
 
     def part(key: Key, time: Array) -> Fault:
-        absent = jax.random.bernoulli(jax.random.fold_in(key, time // rounds), p, (num_agents,))
+        absent = random.uniform(jax.random.fold_in(key, time // rounds), (num_agents,)) < p
         return _fault(num_agents)._replace(awake=~absent)
 
     return Faults(num_agents, (part,), any_absent=True)
@@ -210,7 +210,7 @@ def late(num_agents: int, p: float) -> Faults:
     _check_probability(p, "late")
 
     def part(key: Key, time: Array) -> Fault:
-        drawn = jax.random.bernoulli(jax.random.fold_in(key, time), p, (num_agents,))
+        drawn = random.uniform(jax.random.fold_in(key, time), (num_agents,)) < p
         return _fault(num_agents)._replace(late=drawn)
 
     return Faults(num_agents, (part,), any_late=True)
@@ -232,7 +232,7 @@ def lost(num_agents: int, p: float, *, symmetric: bool = False) -> Faults:
 
     def part(key: Key, time: Array) -> Fault:
         shape = (num_agents, num_agents)
-        drawn = jax.random.bernoulli(jax.random.fold_in(key, time), p, shape)
+        drawn = random.uniform(jax.random.fold_in(key, time), shape) < p
         if symmetric:
             drawn = jnp.triu(drawn, 1)
             drawn = drawn | drawn.T
@@ -355,7 +355,7 @@ def _fault(num_agents: int) -> Fault:
 
 def _some(key: Key, num_agents: int, count: int) -> Array:
     """Bools [A], `count` of them True."""
-    return jax.random.permutation(key, num_agents) < count
+    return jnp.argsort(jnp.argsort(random.uniform(key, (num_agents,)))) < count
 
 
 def _within(time: Array, start: int, stop: int | None) -> Array:

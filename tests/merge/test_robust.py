@@ -210,6 +210,6 @@ def test_pre_aggregations_in_text_and_on_every_kind_of_leaf():
     with pytest.raises(ValueError, match="makes no model yet: let a method follow"):
         merge.parse("nnm(2)")
     with pytest.raises(TypeError, match="unsupported operand"):
-        merge.nnm(1) | 'krum(1)'
+        merge.nnm(1) | "krum(1)"
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         merge.bucketing(0)
