@@ -7,11 +7,7 @@ DIMAT froze it for these baselines by accident.)
 
 import functools
 from collections.abc import Sequence
-<<<<<<< HEAD
-from typing import Any
-=======
 from typing import NamedTuple
->>>>>>> gradients
 
 import jax
 import jax.numpy as jnp
@@ -386,19 +382,6 @@ def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
     target = target / scale
     steepness = jnp.maximum(jnp.abs(gram).sum(axis=2).max(axis=1), 1.0)[:, None]
 
-<<<<<<< HEAD
-    def moved(held: Any) -> Array:
-        count, u, before, *_ = held
-        tolerance = 1e-7 * (jnp.abs(u).max() + 1e-30)
-        return (count < 2) | ((count < _ITERATIONS) & (jnp.abs(u - before).max() > tolerance))
-
-    def descend(held: Any) -> Any:
-        count, u, _, ahead, t = held
-        slope = jnp.einsum("tij,tj->ti", gram, ahead, precision=jax.lax.Precision.HIGHEST) - target
-        new = jnp.minimum(ahead - slope / steepness, bound * scale)
-        uphill = jnp.sum((ahead - new) * (new - u), axis=1, keepdims=True) > 0
-        t = jnp.where(uphill, 1.0, t)
-=======
     def moved(held: _Descent) -> Array:
         tolerance = 1e-7 * (jnp.abs(held.u).max() + 1e-30)
         change = jnp.abs(held.u - held.before).max()
@@ -410,7 +393,6 @@ def _least_squares_below(gram: Array, target: Array, bound: float) -> Array:
         step = new - held.u
         uphill = jnp.sum((held.ahead - new) * step, axis=1, keepdims=True) > 0
         t = jnp.where(uphill, 1.0, held.t)
->>>>>>> gradients
         later = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
         return _Descent(held.iteration + 1, new, held.u, new + (t - 1) / later * step, later)
 
