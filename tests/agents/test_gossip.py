@@ -94,6 +94,28 @@ def test_who_was_absent_is_aligned_when_it_returns():
     np.testing.assert_array_equal(counts[:, 0], [[0, 0], [1, 0], [1, 1], [0, 1]])
 
 
+def test_match_gives_the_permutations_alone():
+    variables, ring = copies(3), agents.ring(3)
+    state = tasks.start(variables, tasks.adam(), 3)
+    problem = tasks.mlp_problem(tasks.adam())
+
+    def both(axis, state):
+        network = tasks.network(axis, ring)
+        every = agents.gossip(ring, align="every")
+        return every.match(network, problem, state), agents.dimat(ring).match(
+            network, problem, state
+        )
+
+    to_first, to_own = tasks.over(3, both, state)
+    for i in range(3):
+        found = tasks.mlp_symmetry().permute(tasks.agent(to_first, i), tasks.agent(variables, i))
+        tasks.assert_trees(found, tasks.agent(variables, 0))
+        for slot, j in enumerate(ring.neighbours(i)):
+            perms = jax.tree.map(lambda p, i=i, slot=slot: p[i, slot], to_own)
+            found = tasks.mlp_symmetry().permute(perms, tasks.agent(variables, j))
+            tasks.assert_trees(found, tasks.agent(variables, i))
+
+
 def test_each_part_of_a_graph_has_an_order_of_its_own():
     parts = agents.from_edges(4, [(0, 1), (2, 3)], connected=False)
     state = planted()
