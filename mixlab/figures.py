@@ -72,7 +72,7 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
             short = len(column) < 12 * wide or not options
             ax.set_title(column if short else f"{name}\n{bracket}{options}", fontsize=9)
         for ax, row in zip(axes[:, 0], rows, strict=True):
-            ax.set_ylabel(f"{row}\ntest accuracy" if row else "test accuracy")
+            ax.set_ylabel("\n".join([*_wrapped(row), "test accuracy"]), fontsize=8)
         for ax in axes[-1]:
             ax.set_xlabel("epoch")
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -112,7 +112,7 @@ def distance(
                 style = {"color": styles[name]["color"]}
                 ax.plot(run["epoch"], run["aligned"], linewidth=1.6, **style)
                 ax.plot(run["epoch"], run["plain"], linewidth=1, linestyle=":", **style)
-            ax.set_title(title)
+            ax.set_title(title, fontsize=8)
             ax.set_ylim(0, None)
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _close_grid(axes, len(groups), "epoch")
@@ -164,7 +164,8 @@ def curves(
         "seconds": "seconds of training and merging",
     }
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 0.9 + 2.3 * len(rows)))
+        logarithmic = {unit for unit in ("MB", "seconds") if _is_wide(rows, unit)}
+        figure = Figure(figsize=(10.5, 0.9 + 2.4 * len(rows)))
         axes = figure.subplots(len(rows), 3, sharex="col", sharey="row", squeeze=False)
         for (title, by_strategy), line in zip(rows.items(), axes, strict=True):
             for name, run in by_strategy.items():
@@ -175,14 +176,14 @@ def curves(
                         quiet = {"linewidth": 1, "alpha": 0.8, "color": look["color"]}
                         ax.axhline(mean[-1], linestyle="-.", **quiet)
                         continue
-                    ax.plot(run[unit], mean, **look)
+                    x = np.where(run[unit] > 0, run[unit], np.nan if unit in logarithmic else 0)
+                    ax.plot(x, mean, **look)
                     band = mean - spread, mean + spread
-                    ax.fill_between(run[unit], *band, color=look["color"], alpha=0.15, linewidth=0)
-            line[0].set_ylabel(f"{title}\ntest accuracy, %" if title else "test accuracy, %")
+                    ax.fill_between(x, *band, color=look["color"], alpha=0.15, linewidth=0)
+            line[0].set_ylabel("test accuracy, %")
+            line[0].set_title(title, loc="left", fontsize=9)
         for ax, (unit, label) in zip(axes[-1], axis_labels.items(), strict=True):
-            ends = [run[unit][-1] for runs in rows.values() for run in runs.values()]
-            ends = [end for end in ends if end > 0]
-            if unit != "rounds" and ends and max(ends) > 10 * min(ends):
+            if unit in logarithmic:
                 ax.set_xscale("log")
             ax.set_xlabel(label)
         axes[-1, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -197,6 +198,16 @@ def curves(
             handles.append(mpl.lines.Line2D([], [], label="sends nothing: its end", **silent))
         figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
     return figure
+
+
+def _is_wide(rows: dict[str, dict[str, dict[str, np.ndarray]]], unit: str) -> bool:
+    """Whether some curves end at more than ten times what others, that are above 0, end at."""
+    ends = [run[unit][-1] for runs in rows.values() for run in runs.values() if run[unit][-1] > 0]
+    return bool(ends) and max(ends) > 10 * min(ends)
+
+
+def _wrapped(title: str) -> list[str]:
+    return textwrap.wrap(title, 26, break_long_words=False)
 
 
 def summary(
@@ -227,7 +238,7 @@ def summary(
         groups.setdefault(settings[setting][:-1], []).append(place)
     names = 0.075 * max(map(len, strategies))
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        size = 0.5 + names + 0.66 * len(columns), 1.7 + 0.4 * len(strategies)
+        size = max(4.8, 0.5 + names + 0.66 * len(columns)), 1.7 + 0.4 * len(strategies)
         figure = Figure(figsize=size)
         ax = figure.subplots()
         ax.imshow(np.ma.masked_invalid(shade), cmap="Blues", vmin=-0.1, vmax=2.2, aspect="auto")
@@ -267,10 +278,7 @@ def summary(
             )
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        ax.set_title(
-            "Test accuracy after the last merge, %, mean of the agents",
-            pad=12 + 12 * len(next(iter(groups))),
-        )
+        figure.suptitle("test accuracy after the last merge, %, mean of the agents", fontsize=9)
     return figure
 
 

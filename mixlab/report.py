@@ -71,7 +71,8 @@ apart: the mean over examples of the gap in their bin of confidence (15 bins of 
 _LEGEND_OF_COMMUNICATION = """\
 An agent's share on average, in the whole run. *messages*: sent; *sent* and *received*: megabytes
 (10^6 bytes) by kind; *most sent*: by the agent that sends most; *local*, *match*, *merge*: seconds
-of all agents together, without compilation.
+of all agents together, without compilation. Runs that were made at the same time
+(`mixlab sweep --jobs`) have slowed one another.
 """
 
 _LEGEND_OF_SUMMARY = """\
@@ -391,12 +392,13 @@ def _about(runs: list[Run]) -> str:
             f"{model}{augmentation}; {optimizer}; {epochs} epochs of {setup['steps_per_epoch']} "
             f"steps. Ran as {setup['parallel']}."
         )
-    varies = {"agents", "topology"} & set(_differing(runs))
-    topology = "" if varies else f"{setup['topology']}; "
+    differing = _differing(runs)
+    topology = "" if {"agents", "topology"} & {*differing} else f"{setup['topology']}; "
+    ran = "" if "agents" in differing else f" Ran as {setup['parallel']}."
     return (
         f"{topology}{model}{augmentation}; {optimizer} an agent; "
         f"{config['pretrain_epochs']} epochs apart, then {config['rounds']} rounds of "
-        f"{config['epochs_per_round']} epochs. Ran as {setup['parallel']}."
+        f"{config['epochs_per_round']} epochs.{ran}"
     )
 
 
@@ -405,9 +407,9 @@ def _read(workdir: Path) -> tuple[list[Run], list[Failure]]:
     for folder in sorted((workdir / "runs").glob("*")):
         metrics, about = folder / "metrics.jsonl", folder / "setup.json"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        setup: dict[str, Any] = (
-            json.loads(about.read_text()) if about.exists() else {"config": None}
-        )
+        setup: dict[str, Any] = {"config": None, "byzantine": []}
+        if about.exists():
+            setup = json.loads(about.read_text())
         records = [_of_honest(json.loads(line), setup["byzantine"]) for line in lines]
         failed = folder / "failed.json"
         if failed.exists():

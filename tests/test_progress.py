@@ -107,8 +107,8 @@ def test_without_a_rate_there_is_no_time_to_go(clock):
         (90061, "25:01:01"),
     ],
 )
-def test_clock(seconds, text):
-    assert progress._clock(seconds) == text
+def test_duration(seconds, text):
+    assert progress.duration(seconds) == text
 
 
 def test_standard_output_is_the_one_of_the_moment(capsys):

@@ -88,14 +88,14 @@ def test_the_report_holds_table_and_figures(sweep):
     text = (sweep / "report.md").read_text()
     with open(sweep / "results.csv") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["strategy", *report.COLUMNS]
+    assert rows[0] == ["strategy", *report.COLUMNS, *report.COMMUNICATION]
     assert [row[0] for row in rows[1:]] == ["none", "wa(opt_state='permute')", "dpsgd", "dimat"]
     last = records(sweep / "runs" / "dimat")[-1]
     by_name = dict(zip(rows[0], rows[4], strict=True))
     assert float(by_name["local mean"]) == pytest.approx(100 * np.mean(last["test_accuracy"]))
     assert float(by_name["local worst"]) == pytest.approx(100 * min(last["test_accuracy"]))
     assert rows[1][1] == ""  # isolated agents never merge
-    for figure in ("accuracy", "distance", "topology", "partition", "augmentation"):
+    for figure in ("accuracy", "curves", "distance", "topology", "partition", "augmentation"):
         assert f"figures/{figure}.png" in text
         assert (sweep / "figures" / f"{figure}.png").stat().st_size > 10_000
     assert list((sweep / "runs" / "dimat" / "tensorboard").glob("events*"))

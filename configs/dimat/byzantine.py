@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mixlab.experiment import default_config
 
-RULES = ("average", "median", "krum(3)", "bulyan(3)", "flag_aggregator(8)")
+RULES = ("average", "median", "krum(3)", "bulyan(3)", "flag(8)")
 ATTACKS = ("uniform", "reversed", "alie", "augmentation_noise")
 
 

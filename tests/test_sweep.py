@@ -1,0 +1,67 @@
+"""`mixlab sweep`: a process a run, whatever becomes of some of them."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mixlab import train
+from mixlab.sweep import is_finished
+from tests.sweep_config import get_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "tests" / "sweep_config.py"
+GOOD = ["adam_1e_2-none", "adam_1e_2-wa"]
+BAD = "sgd_1e30-none"
+
+
+def start(workdir):
+    command = ["sweep", f"--config={CONFIG}", f"--workdir={workdir}", "--jobs=2"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "mixlab", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_combinations_are_left_out_that_agree_with_a_skip():
+    assert list(train.variants(get_config())) == [*GOOD, BAD]
+    config = get_config()
+    config.sweep_skip = ({"topology": "ring"},)
+    with pytest.raises(ValueError, match="'topology', which is not swept"):
+        train.variants(config)
+    config.sweep_skip = ({"strategy": ("none", "wa")},)
+    with pytest.raises(ValueError, match="leaves no run"):
+        train.variants(config)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_interrupted_resumed_and_outlives_a_run_that_diverges(tmp_path):
+    sweep = start(tmp_path)
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")):
+        assert sweep.poll() is None, sweep.stderr.read()
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGINT)
+    out, err = sweep.communicate(timeout=120)
+    assert sweep.returncode == 130
+    assert "saving adam_1e_2-" in out
+    assert "run the same command again to go on" in err
+    assert not list(tmp_path.glob("runs/*/failed.json"))
+
+    sweep = start(tmp_path)
+    out, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 1
+    assert err.strip() == f"mixlab: 1 runs failed: {BAD}"
+    assert f"{BAD}  FAILED: Diverged: the loss of agent" in out
+    assert "[3/3]" in out
+    assert BAD in (tmp_path / "report.md").read_text()
+    for name, config in train.variants(get_config()).items():
+        assert is_finished(tmp_path / "runs" / name, config) == (name in GOOD)
+    newest = tmp_path / "runs" / GOOD[0] / "checkpoints" / "step_92"
+    newest.rename(newest.with_name("lost"))
+    assert not is_finished(tmp_path / "runs" / GOOD[0], train.variants(get_config())[GOOD[0]])
