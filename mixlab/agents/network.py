@@ -198,15 +198,24 @@ class Network:
                     weight = jnp.where(jnp.asarray(valid)[ids, s], rows[jnp.arange(len(ids)), j], 0)
                     total += _along(weight.astype(wide), x) * arrived[j].astype(wide)
             else:
-                total += jnp.tensordot(
-                    others.astype(wide),
-                    arrived.astype(wide),
-                    axes=1,
-                    precision=jax.lax.Precision.HIGHEST,
-                )
+                total += self._weighted(others.astype(wide), arrived.astype(wide))
             return total.astype(x.dtype)
 
         return jax.tree.map(leaf, own, everyone)
+
+    def _weighted(self, rows: Array, arrived: Array) -> Array:
+        """The sums [k, ...] of what arrived, [A, ...], by rows of weights [k, A]."""
+
+        def sums(weights: Array, values: Array) -> Array:
+            return jnp.tensordot(weights, values, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+        if self.attack is None:
+            return sums(rows, arrived)
+        # Zero times infinity is NaN: what a Byzantine agent sends must reach those alone who weigh
+        # it, who get NaN.
+        broken = ~jnp.isfinite(arrived)
+        hit = sums((rows > 0).astype(rows.dtype), broken.astype(rows.dtype)) > 0
+        return jnp.where(hit, jnp.nan, sums(rows, jnp.where(broken, 0, arrived)))
 
     def merge(self, own: PyTree, everyone: PyTree, method: MergeMethod) -> PyTree:
         """Merges every agent's neighbourhood, itself first, then its neighbours ascending.
