@@ -191,9 +191,10 @@ def _run(
                 if experiment.match is not None:
                     match_seconds = match_seconds or _timed(experiment.match, carry, number)
                     clock.move(min(match_seconds, clock.last), "merge", "match")
-                record(step, "merge", merged)
                 if strategy.every == "round":
                     carry = merged
+                # What mixes within steps is only looked at: nothing was sent for it.
+                record(step, "merge", carry._replace(state=merged.state))
             with clock("local"):
                 carry = experiment.step(carry, next(batches), step)
             if line.due(step + 1):  # other processes find other times due: nothing is exchanged
