@@ -172,10 +172,11 @@ def copies(workdir, variants):
 
 
 def rows_of(text):
-    """The cells of the table in a report."""
+    """The cells of the first table in a report."""
+    first = text[text.index("\n| ") :].split("\n\n")[0]
     return [
         [cell.strip() for cell in line[1:-1].split(" | ")]
-        for line in text.splitlines()
+        for line in first.splitlines()
         if line.startswith("| ")
     ]
 
