@@ -14,7 +14,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mixlab import agents, spec, trees
+from mixlab import agents, distributed, spec, trees
 from mixlab.types import PyTree
 
 USAGE = """\
@@ -79,7 +79,7 @@ def _train(arguments: Sequence[str]) -> None:
     config, workdir = _parse("train", arguments)
     agents.force_cpu_devices(config.agents)  # before JAX starts
 
-    from mixlab import distributed, report, train
+    from mixlab import report, train
 
     with _job(workdir):
         distributed.initialize()
@@ -124,7 +124,7 @@ def _barrier(arguments: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _job(workdir: str) -> Iterator[None]:
     """Runs what trains; says in a line why it ended, if it did not come to its end."""
-    from mixlab import distributed, train
+    from mixlab import train
     from mixlab.checkpoint import CheckpointError
 
     # The runs of a sweep, and a run that is resumed, compile much the same programs.
@@ -139,7 +139,7 @@ def _job(workdir: str) -> Iterator[None]:
         print(f"\n{stopped}; run the same command again to go on", flush=True)
         sys.exit(0)
     except distributed.FailedElsewhere:
-        sys.exit(1)
+        distributed.leave(1)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on from what is saved", 130)
     except (train.Diverged, CheckpointError) as error:
@@ -310,4 +310,4 @@ def _fail(message: str, status: int) -> NoReturn:
     if sys.exc_info()[0] is not None and os.environ.get("MIXLAB_TRACEBACK"):
         traceback.print_exc()
     print(f"\nmixlab: {message}", file=sys.stderr)
-    sys.exit(status)
+    distributed.leave(status)
