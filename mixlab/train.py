@@ -9,6 +9,7 @@ puts them in one report. What a config's fields mean is in `mixlab.experiment`.
 
 import itertools
 import json
+import shutil
 import signal
 import threading
 import time
@@ -325,7 +326,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     if not path.exists() or not (any(m.stat().st_size for m in metrics) or any(saved)):
         workdir.mkdir(parents=True, exist_ok=True)
         for failure in (workdir / "runs").glob("*/failed.json"):
-            failure.unlink()
+            shutil.rmtree(failure.parent)  # it holds no records
         write_json(path, mine)
         return
     other = json.loads(path.read_text())

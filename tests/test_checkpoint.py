@@ -137,7 +137,7 @@ def test_another_run_begins_from_the_agents_of_this_one(tmp_path):
     opt_state = jax.tree.map(lambda x: np.array(x) + 1, optimizer.init(params))
     saved = State({"params": params}, opt_state, np.zeros(4, np.int32))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(3, (saved, {"loss": np.zeros(4)}), {})
+        checkpoints.save(3, {"state": saved, "totals": {"loss": np.zeros(4)}}, {})
         checkpoints.wait()
     like = {"variables": saved.variables, "opt_state": opt_state}
     found, told = read_agents(tmp_path, like, 6)

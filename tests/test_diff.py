@@ -30,7 +30,8 @@ def files(tmp_path):
     agents = {k: np.stack([m[f"layer/{k}"] for m in MODELS[1:]]) for k in ("kernel", "bias")}
     run = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
     with run:
-        run.save(3, ({"variables": {"layer": agents}, "step": np.zeros(2)}, {}), {})
+        agents = {"variables": {"layer": agents}, "step": np.zeros(2)}
+        run.save(3, {"state": agents, "totals": {}}, {})
         run.wait()
     return tmp_path
 
