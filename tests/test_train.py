@@ -69,9 +69,7 @@ def test_a_sweep_learns_and_reports(sweep):
     for start in starts[1:]:
         assert start["test_accuracy"] == starts[0]["test_accuracy"]
     # And what they send differs as it should: per step, per round, never.
-    sent = {
-        name: lines[-1]["bytes_sent"].get("parameters", [0])[0] for name, lines in runs.items()
-    }
+    sent = {name: lines[-1]["bytes_sent"].get("parameters", [0])[0] for name, lines in runs.items()}
     one = sent["dimat"] / 2
     assert sent == {
         "none": 0,

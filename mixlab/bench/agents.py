@@ -1,7 +1,7 @@
 """How fast agents train and mix: beside as many single agents, and beside a loop in PyTorch.
 
-What a step costs against the number of agents, and what a round costs against agents, neighbours
-and parameters: the figures behind the cost model of `launch/SCALING.md`.
+What a step costs against the number of agents, and a round against agents, neighbours and
+parameters.
 """
 
 import dataclasses

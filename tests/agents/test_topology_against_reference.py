@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from mixlab import agents
+from tests.agents import tasks
 from tests.reference import decentral
 
 SHAPES = {"kernel": (3, 2), "bias": (2,)}
@@ -81,8 +82,10 @@ def test_steps():
         opt_state = axis.each(problem.optimizer.init)(params)
         failed_at = jnp.full(4, -1, jnp.int32)
         state = agents.AgentState({"params": params}, opt_state, failed_at)
-        merged = averaging.communicate(axis, problem, state, weights)
-        state = sgd.local_step(axis, problem, state, agents_grads, None, weights)
+        network = tasks.network(axis, topology, weights)
+        merged = averaging.communicate(network, problem, state)
+        found = agents.Gradients(agents_grads, None, {}, lambda variables, batch: variables)
+        state = sgd.local_step(network, problem, state, found)
         return state.variables["params"], merged.variables["params"]
 
     step = backend.compile(program)
@@ -108,7 +111,9 @@ def test_mixing_narrow_floats(dtype):
     states = np.asarray(jnp.asarray(states, dtype))
     topology = agents.ring(5)
     backend = agents.parallel(5, "loop")
-    run = backend.compile(lambda axis, state, _, weights: agents.mix(axis, weights, state))
+    run = backend.compile(
+        lambda axis, state, _, weights: tasks.network(axis, topology, weights).mix(state)
+    )
     found = backend.get(run(backend.put(states), (), jnp.asarray(topology.weights, jnp.float32)))
     assert found.dtype == dtype
     expected = decentral.mix(topology.weights, states.astype(np.float64))
