@@ -26,6 +26,8 @@ def start(workdir):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background of a shell ignores Ctrl-C, and so would this one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -48,7 +50,7 @@ def test_a_sweep_is_interrupted_resumed_and_outlives_a_run_that_diverges(tmp_pat
         time.sleep(0.1)
     sweep.send_signal(signal.SIGINT)
     out, err = sweep.communicate(timeout=120)
-    assert sweep.returncode == 130
+    assert sweep.returncode == 130, f"{out}\n{err}"
     assert "saving adam_1e_2-" in out
     assert "run the same command again to go on" in err
     assert not list(tmp_path.glob("runs/*/failed.json"))
