@@ -74,7 +74,7 @@ def test_one_two_and_four_processes_end_the_same_and_go_on_for_each_other(tmp_pa
         assert (
             "stopped after step" in told
         )  # the other process stopped at it as well, or would hang
-        assert not (stopped / "runs" / "dimat" / "checkpoints" / "step_36").exists()
+        assert not (stopped / "runs" / "dimat").exists()
         processes.run(str(stopped))
     wanted = end(one)
     assert wanted[0][1][-1]["step"] == 36
