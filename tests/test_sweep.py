@@ -18,16 +18,23 @@ GOOD = ["adam_1e_2-none", "adam_1e_2-wa"]
 BAD = "sgd_1e30-none"
 
 
+# Tests that run in the background of a shell ignore Ctrl-C, and so would what they start.
+MIXLAB = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mixlab.cli import main
+main()
+"""
+
+
 def start(workdir):
     command = ["sweep", f"--config={CONFIG}", f"--workdir={workdir}", "--jobs=2"]
     return subprocess.Popen(
-        [sys.executable, "-m", "mixlab", *command],
+        [sys.executable, "-c", MIXLAB, *command],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run in the background of a shell ignores Ctrl-C, and so would this one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
