@@ -17,10 +17,11 @@ from mixlab.experiment import default_config
 def get_config() -> ConfigDict:
     config = default_config()
     config.data = "mnist5k"
-    config.model = "mlp(hidden=(256, 256, 256))"
+    config.model = "mlp(hidden=(128, 128, 128))"
     config.optimizer = "adam(1e-3)"
     config.batch_size = 50
-    config.matching_examples = 1000
+    config.backend = "vmap"  # the agents of a small network are fastest as one batch
+    config.matching_examples = 500
 
     config.agents = 5
     config.topology = "ring"

@@ -16,10 +16,11 @@ from mixlab.experiment import default_config
 def get_config() -> ConfigDict:
     config = default_config()
     config.data = "mnist5k"
-    config.model = "mlp(hidden=(256, 256, 256))"
+    config.model = "mlp(hidden=(128, 128, 128))"
     config.optimizer = "sgd(0.05, momentum=0.9, nesterov=True)"
     config.batch_size = 50
-    config.matching_examples = 1000
+    config.backend = "vmap"  # the agents of a small network are fastest as one batch
+    config.matching_examples = 500
 
     config.agents = 10
     config.topology = "ring"

@@ -42,9 +42,10 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizers = ADAM if variant == "adam" else OPTIMIZERS
     config = default_config()
     config.data = "mnist5k"
-    config.model = "mlp(hidden=(256, 256, 256))"
+    config.model = "mlp(hidden=(128, 128, 128))"
     config.batch_size = 50
-    config.matching_examples = 1000
+    config.backend = "vmap"  # the agents of a small network are fastest as one batch
+    config.matching_examples = 500
 
     config.pretrain_epochs = 10
     config.rounds = 6
