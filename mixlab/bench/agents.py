@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from mixlab import agents, align, models, trees
+from mixlab.agents.parallel import host_callbacks_are_safe
 from mixlab.bench import Options, PeerError, Report, import_peer, interleaved
 from mixlab.types import PyTree
 
@@ -281,7 +282,11 @@ def _rounds(options: Options) -> Iterator[dict[str, Any]]:
             where = agents.parallel(count)
             keys = jax.random.split(jax.random.key(0), count)
             variables = trees.stack([jax.jit(module.init)(key, images[:1]) for key in keys])
-            problem = agents.Problem(optax.sgd(0.1), symmetry, assignment="jax")
+            problem = agents.Problem(
+                optax.sgd(0.1),
+                symmetry,
+                assignment="scipy" if host_callbacks_are_safe(where) else "jax",
+            )
 
             def passes(axis: agents.Axis, state: PyTree, held: PyTree, shared: PyTree) -> PyTree:
                 return axis.each(lambda v: symmetry.activations(v, shared))(state)  # noqa: B023
