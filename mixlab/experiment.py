@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict, config_dict
 
 from mixlab import agents, align, augment, data, models, spec
-from mixlab.agents.parallel import host_callbacks_are_safe
+from mixlab.agents.parallel import host_callbacks_are_safe, whole_axis
 from mixlab.types import Array, Batch, Key, PyTree
 
 
@@ -369,7 +369,7 @@ def prepare(config: ConfigDict) -> Experiment:
         """Shapes of what a step and a communication leave, as if all agents were one block."""
 
         def both(ids: Array, held: PyTree, own_images: PyTree, shared: PyTree) -> Carry:
-            axis = agents.Axis(ids, jax.vmap, lambda tree: tree)
+            axis = whole_axis(ids, jax.vmap)
             carry = step(axis, init(axis, ids, {}, shared), held, shared)
             return communicate(axis, carry, own_images, shared)
 

@@ -11,22 +11,22 @@ import jax
 import numpy as np
 import pytest
 
-from mixlab import distributed
+from mixlab import agents, distributed
 from mixlab.checkpoint import read_models
-from tests import processes
+from tests import mixing, processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ("wa", "dimat")
 
 
-def launch(number, *arguments):
+def launch(number, *arguments, module="tests.processes"):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MIXLAB_")}
     result = subprocess.run(
         ["bash", "launch/processes.sh", str(number), *map(str, arguments)],
         cwd=ROOT,
         env={
             **clean,
-            "MIXLAB": f"{sys.executable} -m tests.processes",
+            "MIXLAB": f"{sys.executable} -m {module}",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // number}",
             "PJRT_NPROC": "16",
         },
@@ -84,6 +84,15 @@ def test_one_two_and_four_processes_end_the_same_and_go_on_for_each_other(tmp_pa
         ):
             assert records == records_wanted, workdir
             jax.tree.map(np.testing.assert_array_equal, models, model_wanted)
+
+
+def test_models_go_from_process_to_process(tmp_path):
+    launch(2, tmp_path / "found.npy", module="tests.mixing")
+    found, wanted = np.load(tmp_path / "found.npy"), mixing.mixed()
+    np.testing.assert_array_equal(found, wanted)
+    models = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    matrix = agents.ring(12).mixing_matrix()
+    np.testing.assert_allclose(wanted, matrix @ models, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,7 @@ class Network:
             Leaves [A, ...]: of an agent that is late what it sent last, of a Byzantine one what
             it pretends. An agent's own row may be wrong too: use its own value for itself.
         """
-        heard = (self.weights > 0) & ~jnp.eye(self.num_agents, dtype=bool)
-        out, into = heard.sum(0, dtype=jnp.int32), heard.sum(1, dtype=jnp.int32)
-        self._count(kind, _size(tree) if num_bytes is None else num_bytes, out, into)
+        self._count_broadcast(tree, kind, num_bytes)
         return self._arriving(tree)
 
     def exchange(self, tree: PyTree) -> PyTree:
@@ -173,35 +171,44 @@ class Network:
             method: merge the neighbourhood by this instead, see `merge`.
             num_bytes: see `broadcast`.
         """
-        everyone = self.broadcast(tree, kind, num_bytes=num_bytes)
         if method is not None:
-            return self.merge(tree, everyone, method)
-        return self.combine(tree, everyone)
-
-    def combine(self, own: PyTree, everyone: PyTree) -> PyTree:
-        """The weighted sum of one's own, leaves [k, ...], and what arrived, leaves [A, ...]."""
-        slots, valid = neighbour_slots(self.adjacency)
-        sparse = slots.shape[1] <= _SPARSE * self.num_agents
+            return self.merge(tree, self.broadcast(tree, kind, num_bytes=num_bytes), method)
         ids = self.axis.ids
         rows = self.weights[ids]
         mine = rows[jnp.arange(len(ids)), ids]
-        others = jnp.where(ids[:, None] == jnp.arange(self.num_agents), 0, rows)
+        slots, valid = neighbour_slots(self.adjacency)
+        # An attack looks at all messages.
+        sparse = slots.shape[1] <= _SPARSE * self.num_agents and self.attack is None
 
-        def leaf(x: Array, arrived: Array) -> Array:
+        def own(x: Array) -> Array:
+            wide = trees.wide(x.dtype)
+            return _along(mine.astype(wide), x) * x.astype(wide)
+
+        def from_neighbours(x: Array, *arrived: Array) -> Array:
             if not trees.is_inexact(x):
                 return x
-            wide = trees.wide(x.dtype)
-            total = _along(mine.astype(wide), x) * x.astype(wide)
-            if sparse:
-                for s in range(1, slots.shape[1]):
-                    j = jnp.asarray(slots)[ids, s]
-                    weight = jnp.where(jnp.asarray(valid)[ids, s], rows[jnp.arange(len(ids)), j], 0)
-                    total += _along(weight.astype(wide), x) * arrived[j].astype(wide)
-            else:
-                total += self._weighted(others.astype(wide), arrived.astype(wide))
+            total = own(x)
+            for s, other in enumerate(arrived, 1):
+                j = jnp.asarray(slots)[ids, s]
+                weight = jnp.where(jnp.asarray(valid)[ids, s], rows[jnp.arange(len(ids)), j], 0)
+                total += _along(weight.astype(total.dtype), x) * other.astype(total.dtype)
             return total.astype(x.dtype)
 
-        return jax.tree.map(leaf, own, everyone)
+        def from_everyone(x: Array, arrived: Array) -> Array:
+            if not trees.is_inexact(x):
+                return x
+            others = jnp.where(ids[:, None] == jnp.arange(self.num_agents), 0, rows)
+            wide = trees.wide(x.dtype)
+            return (own(x) + self._weighted(others.astype(wide), arrived.astype(wide))).astype(
+                x.dtype
+            )
+
+        if not sparse:
+            everyone = self.broadcast(tree, kind, num_bytes=num_bytes)
+            return jax.tree.map(from_everyone, tree, everyone)
+        self._count_broadcast(tree, kind, num_bytes)
+        arrived = self.axis.fetch(self._as_sent(tree), slots[:, 1:])
+        return jax.tree.map(from_neighbours, tree, *arrived)
 
     def _weighted(self, rows: Array, arrived: Array) -> Array:
         """The sums [k, ...] of what arrived, [A, ...], by rows of weights [k, A]."""
@@ -349,8 +356,17 @@ class Network:
         self.messages.append(Message(kind, float(num_bytes)))
         self._counts.append(jnp.stack([sent[ids], received[ids]], axis=1))
 
+    def _count_broadcast(self, tree: PyTree, kind: str, num_bytes: float | None) -> None:
+        heard = (self.weights > 0) & ~jnp.eye(self.num_agents, dtype=bool)
+        out, into = heard.sum(0, dtype=jnp.int32), heard.sum(1, dtype=jnp.int32)
+        self._count(kind, _size(tree) if num_bytes is None else num_bytes, out, into)
+
     def _arriving(self, tree: PyTree) -> PyTree:
         """What everyone sees of a tree, leaves [k, ...] -> [A, ...]."""
+        return self.exchange(self._as_sent(tree))
+
+    def _as_sent(self, tree: PyTree) -> PyTree:
+        """What agents sent last of a tree, leaves [k, ...]: older values where they are late."""
         if self.late is not None:
             ids = self.axis.ids
             absent = jnp.zeros(ids.shape, bool) if self.awake is None else ~self.awake[ids]
@@ -363,7 +379,7 @@ class Network:
                 )
                 sent |= any_before
             self._sent.append((tree, sent))
-        return self.exchange(tree)
+        return tree
 
 
 def mix(matrix: Array | np.ndarray, stacked: PyTree) -> PyTree:

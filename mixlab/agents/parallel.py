@@ -14,16 +14,17 @@ This is the only module that names `jax.pmap`. pmap is in maintenance mode (JAX 
 port to `jax.shard_map` would replace `Parallel.compile` and nothing else.
 """
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixlab import trees
@@ -40,14 +41,23 @@ class Axis(NamedTuple):
         ids: int32 [k], which agents these are.
         each: `each(fn)(*trees)` maps `fn` over the leading axis k of the trees.
         gather: `gather(tree)` turns leaves [k, ...] of the block into [A, ...] of all agents.
+        fetch: `fetch(tree, sources)` gives a list of m trees with leaves [k, ...]: in place s, for
+            every agent i of the block, what agent `sources[i, s]` holds. int [A, m], known when
+            the program is traced. Between devices only the blocks travel that somebody asks for.
     """
 
     ids: Array
     each: Callable[[Callable[..., Any]], Callable[..., Any]]
     gather: Callable[[PyTree], PyTree]
+    fetch: Callable[[PyTree, np.ndarray], list[PyTree]]
 
 
 Program = Callable[[Axis, Any, Any, Any], Any]
+
+
+def whole_axis(ids: Array, each: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Axis:
+    """The axis of a program whose block is all the agents."""
+    return Axis(ids, each, lambda tree: tree, functools.partial(_rows, ids))
 
 
 def _loop(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +97,7 @@ class Parallel:
         """Agents on one device."""
         return self.num_agents // len(self.devices)
 
-    @cached_property
+    @functools.cached_property
     def local_devices(self) -> tuple[jax.Device, ...]:
         """Those devices that belong to this process."""
         return tuple(d for d in self.devices if d.process_index == jax.process_index())
@@ -145,9 +155,10 @@ class Parallel:
         def block(state: PyTree, agents: PyTree, shared: PyTree) -> PyTree:
             if self.backend == "pmap":
                 first = jax.lax.axis_index(_DEVICES) * size
-                axis = Axis(first + jnp.arange(size), each, _gather)
+                ids = first + jnp.arange(size)
+                axis = Axis(ids, each, _gather, functools.partial(_fetch, ids))
                 return program(axis, state, agents, shared)
-            axis = Axis(jnp.arange(size), each, lambda tree: tree)
+            axis = whole_axis(jnp.arange(size), each)
             state, agents = jax.tree.map(lambda x: x[0], (state, agents))
             return jax.tree.map(lambda x: x[None], program(axis, state, agents, shared))
 
@@ -179,7 +190,7 @@ class Parallel:
         blocks = (len(self.local_devices), self.per_block, *array.shape[1:])
         return array[self.local_agents].reshape(blocks)
 
-    @cached_property
+    @functools.cached_property
     def _gathered(self) -> Callable[[Array], Array]:
         """Blocks [local devices, k, ...] -> on each of these devices [A, ...]."""
         return jax.pmap(_gather, _DEVICES, devices=self.devices)
@@ -200,6 +211,62 @@ class Parallel:
 
 def _gather(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, _DEVICES, tiled=True), tree)
+
+
+def _rows(ids: Array, tree: PyTree, sources: np.ndarray) -> list[PyTree]:
+    """`Axis.fetch` from leaves [A, ...]."""
+    rows = jnp.asarray(sources)[ids]
+    return [jax.tree.map(lambda x: x[rows[:, s]], tree) for s in range(rows.shape[1])]  # noqa: B023
+
+
+def _fetch(ids: Array, tree: PyTree, sources: np.ndarray) -> list[PyTree]:
+    """`Axis.fetch` between devices: in each of a few rounds a block goes from one to another."""
+    size = len(ids)
+    number = len(sources) // size
+    blocks = sources // size  # on which device each source is
+    wanted = np.zeros((number, number), bool)
+    wanted[np.repeat(np.arange(number), size)[:, None], blocks] = True
+    np.fill_diagonal(wanted, False)
+    rounds = exchange_rounds(wanted)
+    if len(rounds) >= number - 1:
+        return _rows(ids, _gather(tree), sources)
+    # Which round brings the block of one device to another; its own is there before the first.
+    brought = np.zeros((number, number), np.int32)
+    for i, pairs in enumerate(rounds):
+        for source, target in pairs:
+            brought[target, source] = i + 1
+    held = brought[np.repeat(np.arange(number), size)[:, None], blocks]
+    rows, held = jnp.asarray(sources % size)[ids], jnp.asarray(held)[ids]
+
+    def received(x: Array) -> Array:
+        return jnp.stack([x, *(jax.lax.ppermute(x, _DEVICES, pairs) for pairs in rounds)])
+
+    tree = jax.tree.map(received, tree)
+    return [
+        jax.tree.map(lambda x: x[held[:, s], rows[:, s]], tree)  # noqa: B023
+        for s in range(rows.shape[1])
+    ]
+
+
+def exchange_rounds(wanted: np.ndarray) -> list[list[tuple[int, int]]]:
+    """Splits an exchange into rounds in which nobody sends, or receives, more than once.
+
+    Args:
+        wanted: bool [D, D]; row i tells from whom i has to receive.
+
+    Returns:
+        For each round the pairs (from, to). As many rounds as the largest number that anybody
+        sends or receives where that number is the same for all, else a few more at most.
+    """
+    left, rounds = wanted.copy(), []
+    while left.any():
+        source = scipy.sparse.csgraph.maximum_bipartite_matching(
+            scipy.sparse.csr_array(left), perm_type="column"
+        )
+        pairs = [(int(source[i]), i) for i in range(len(left)) if source[i] >= 0]
+        left[[i for _, i in pairs], [j for j, _ in pairs]] = False
+        rounds.append(pairs)
+    return rounds
 
 
 def parallel(

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from mixlab import agents, align, models
+from mixlab.agents.parallel import whole_axis
 
 FEATURES, CLASSES = 5, 3
 WIDTHS = (FEATURES, 7, 6, CLASSES)
@@ -133,7 +134,7 @@ def network(axis, topology, weights=None, **others):
 
 def axis(num_agents):
     """All agents as one block, for calls outside of compiled programs."""
-    return agents.Axis(jnp.arange(num_agents), jax.vmap, lambda tree: tree)
+    return whole_axis(jnp.arange(num_agents), jax.vmap)
 
 
 def over(where, fn, *states, shared=()):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixlab import agents
 from mixlab.agents.parallel import (
     _loop,
+    exchange_rounds,
     force_cpu_devices,
     host_callbacks_are_safe,
     largest_divisor,
@@ -44,6 +46,69 @@ def test_every_backend_gives_the_same(layout, donate):
     found = where.get(run(where.put({"x": x}), where.put(bias), where.replicate(np.float32(2))))
     np.testing.assert_allclose(found["x"], np.sin(x) + x.mean(0) * 2 + bias[:, None], rtol=1e-5)
     np.testing.assert_array_equal(found["id"], np.arange(8))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("asked", [1, 3, 8])
+def test_what_is_asked_for_is_fetched(layout, asked):
+    rng = np.random.default_rng(asked)
+    x, ids = rng.normal(size=(8, 3)).astype(np.float32), np.arange(8, dtype=np.int32)
+    # Some ask for themselves, some twice for the same.
+    sources = (ids[:, None] + rng.integers(0, asked, size=(8, asked))) % 8
+    where = parallel(8, **layout)
+    run = where.compile(lambda axis, state, held, shared: axis.fetch(state, sources))
+    found = where.get(run(where.put({"x": x, "id": ids}), {}, 0))
+    assert len(found) == asked
+    for s, tree in enumerate(found):
+        np.testing.assert_array_equal(tree["id"], sources[:, s])
+        np.testing.assert_array_equal(tree["x"], x[sources[:, s]])
+
+
+@pytest.mark.parametrize(
+    ("topology", "rounds"),
+    [
+        (agents.ring(8), 2),
+        (agents.torus(25), 4),
+        (agents.exponential(16), 4),
+        (agents.hypercube(8), 3),
+        (agents.star(6), 5),
+        (agents.erdos_renyi(20, p=0.2, seed=0), None),
+        (agents.disconnected(3), 0),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_an_exchange_is_split_into_permutations(topology, rounds):
+    wanted = topology.adjacency
+    found = exchange_rounds(wanted)
+    for pairs in found:
+        sources, targets = zip(*pairs, strict=True)
+        assert len(set(sources)) == len(sources)
+        assert len(set(targets)) == len(targets)
+    sent = sorted((target, source) for pairs in found for source, target in pairs)
+    assert sent == sorted(map(tuple, np.argwhere(wanted).tolist()))
+    most = int(max(wanted.sum(0).max(), wanted.sum(1).max()))
+    assert len(found) == rounds if rounds is not None else most <= len(found) <= most + 2
+
+
+def test_on_a_ring_no_device_holds_all_agents():
+    where, size = parallel(16), 1 << 16
+
+    def temporary(topology):
+        def mixed(axis, state, held, weights):
+            network = agents.Network(
+                axis, weights, topology.adjacency, jax.random.key(0), jnp.int32(0)
+            )
+            return network.mix(state)
+
+        run = where.compile(mixed)
+        weights = where.replicate(np.asarray(topology.mixing_matrix(), np.float32))
+        state = where.put(np.zeros((16, size), np.float32))
+        compiled = jax.jit(lambda state, weights: run(state, {}, weights))
+        memory = compiled.lower(state, weights).compile().memory_analysis()
+        return memory.temp_size_in_bytes / (4 * size)
+
+    assert temporary(agents.complete(16)) > 15
+    assert temporary(agents.ring(16)) < 10
 
 
 def test_put_and_get_are_inverse_and_get_copies():

@@ -249,10 +249,12 @@ def _merged(
     opt_state: str,
 ) -> AgentState:
     """The state after each agent became the mixture of its neighbourhood, as it is."""
-    own, everyone = _sent(network, state, opt_state)
     if method is None:
-        merged = network.combine(own, everyone)
+        merged = {"variables": core.mix_variables(network, state.variables)}
+        if opt_state == "permute":
+            merged["moments"] = network.mix(state.opt_state)
     else:
+        own, everyone = _sent(network, state, opt_state)
         merged = network.merge(own, everyone, method)
     variables = merged["variables"]
     if opt_state == "permute":

@@ -156,20 +156,20 @@ def where(chosen: Array, then: PyTree, otherwise: PyTree) -> PyTree:
 
 def broadcast_variables(network: Network, variables: PyTree) -> PyTree:
     """Sends parameters and statistics; see `Network.broadcast`."""
-    return {
-        name: network.broadcast(value, "parameters" if name == "params" else "statistics")
-        for name, value in variables.items()
-    }
+    return {name: network.broadcast(value, _kind(name)) for name, value in variables.items()}
 
 
 def mix_variables(
     network: Network, variables: PyTree, method: merge.MergeMethod | None = None
 ) -> PyTree:
     """Mixes, or merges, parameters and statistics over every agent's neighbourhood."""
-    everyone = broadcast_variables(network, variables)
-    if method is None:
-        return network.combine(variables, everyone)
-    return network.merge(variables, everyone, method)
+    if method is not None:
+        return network.merge(variables, broadcast_variables(network, variables), method)
+    return {name: network.mix(value, _kind(name)) for name, value in variables.items()}
+
+
+def _kind(collection: str) -> str:
+    return "parameters" if collection == "params" else "statistics"
 
 
 def at_merge(
