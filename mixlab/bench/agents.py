@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from mixlab import agents, align, models, trees
-from mixlab.agents.parallel import host_callbacks_are_safe
+from mixlab.agents.parallel import exchange_rounds, host_callbacks_are_safe
 from mixlab.bench import Options, PeerError, Report, import_peer, interleaved
 from mixlab.types import PyTree
 
@@ -38,6 +38,9 @@ def run(options: Options) -> Report:
             _crowds(options)
         ),
         "A DIMAT round, milliseconds": list(_rounds(options)),
+        "Temporary memory of a round on each of 8 devices, megabytes": list(
+            _memory(options, left_out)
+        ),
     }
     return Report(tables, left_out)
 
@@ -248,6 +251,19 @@ def _communication(
     variables: PyTree,
     images: Any,
 ) -> Callable[[], Any]:
+    run, *given = _round(where, topology, strategy, problem, variables, images)
+    return lambda: jax.block_until_ready(run(*given))
+
+
+def _round(
+    where: agents.Parallel,
+    topology: agents.Topology,
+    strategy: agents.Strategy,
+    problem: agents.Problem,
+    variables: PyTree,
+    images: Any,
+) -> tuple[Any, ...]:
+    """The program of a round, and what it is called with."""
     count = where.num_agents
 
     def program(axis: agents.Axis, state: PyTree, held: PyTree, shared: PyTree) -> PyTree:
@@ -262,8 +278,7 @@ def _communication(
     shared = where.replicate(
         {"weights": np.asarray(topology.mixing_matrix(), np.float32), "images": images}
     )
-    run = where.compile(program)
-    return lambda: jax.block_until_ready(run(placed, {}, shared))
+    return where.compile(program), placed, {}, shared
 
 
 # ---------------------------------------------------------------- rounds
@@ -314,3 +329,57 @@ def _rounds(options: Options) -> Iterator[dict[str, Any]]:
                 "plain mixing": f"{1e3 * timings['mixing'].median:.3g}",
                 "round / passes": f"{whole / forward_only:.2f}",
             }
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """What XLA sets aside beside the agents themselves, and what launch/SCALING.md predicts."""
+    name, (module, shape) = next(iter(_networks().items()))
+    images = jnp.zeros((MATCHING_IMAGES, *shape))
+    one = jax.jit(module.init)(jax.random.key(0), images[:1])
+    symmetry = align.infer_symmetry(module.apply, one, images[:2], check=False)
+    model = trees.num_bytes(one)
+    units = jax.eval_shape(symmetry.activations, one, images)
+    activations = sum(4 * x.size for x in jax.tree.leaves(units))
+    moments = sum(4 * n**2 for n in symmetry.groups.values())
+    topologies = (
+        agents.ring(NUM_AGENTS),
+        agents.ring(32),
+        agents.torus(32),
+        agents.complete(NUM_AGENTS),
+        agents.complete(32),
+    )
+    for strategy, topology in itertools.product((agents.wa, agents.dimat), topologies):
+        count, degree = topology.num_agents, int(topology.adjacency.sum(axis=1).max())
+        own = strategy(topology)
+        if not options.selects("memory", own.name, topology.name, count):
+            continue
+        where = agents.parallel(count)
+        problem = agents.Problem(optax.sgd(0.1), symmetry, assignment="jax")
+        run, *given = _round(where, topology, own, problem, trees.stack([one] * count), images)
+        compiled = jax.jit(lambda *given: run(*given)).lower(*given).compile()  # noqa: B023
+        analysis = compiled.memory_analysis()
+        if analysis is None:
+            left_out["memory"] = "this backend does not analyse its programs"
+            return
+        found = analysis.temp_size_in_bytes
+        held = where.per_block
+        if own.name == "dimat":
+            predicted = count * (model + activations) + held * degree * (model + moments)
+        elif degree + 1 <= count / 4:
+            blocks = topology.adjacency.reshape(count // held, held, count // held, held)
+            between = blocks.any((1, 3)) & ~np.eye(count // held, dtype=bool)
+            predicted = held * (1 + len(exchange_rounds(between))) * model
+        else:
+            predicted = count * model
+        yield {
+            "network": name,
+            "strategy": own.name,
+            "topology": topology.name,
+            "agents": count,
+            "found": f"{found / 1e6:.1f}",
+            "predicted": f"{predicted / 1e6:.1f}",
+            "found / predicted": f"{found / predicted:.2f}",
+        }
