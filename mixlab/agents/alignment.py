@@ -6,6 +6,7 @@ agents into the order of one, over the edges of their graph.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import scipy.sparse.csgraph
 
 from mixlab import align, spec, trees
 from mixlab.agents.network import Network
-from mixlab.agents.parallel import Axis
+from mixlab.agents.parallel import Axis, Fetched
 from mixlab.agents.strategies.core import Problem
 from mixlab.align.activations import STATISTICS
 from mixlab.types import Array, PyTree
@@ -89,10 +90,10 @@ def match(
     problem: Problem,
     matching: Matching,
     own: PyTree,
-    everyone: PyTree,
-    partners: Array,
+    others: Fetched,
+    reach: Callable[[PyTree], Fetched],
     *,
-    faithful: bool,
+    shown: PyTree | None = None,
 ) -> align.Permutations:
     """Matches every agent with some others.
 
@@ -104,9 +105,9 @@ def match(
         problem: gives the symmetry and the images.
         matching: how.
         own: variables of the block's agents, leaves [k, ...].
-        everyone: what arrived, leaves [A, ...].
-        partners: int32 [k, m], with whom each agent is compared.
-        faithful: whether what arrived of every agent is what it holds.
+        others: the variables with which each agent compares its own, m of them.
+        reach: brings what else, leaves [k, ...], is asked of the same agents.
+        shown: as `own`, what the others see of each agent; where it is another than it holds.
 
     Returns:
         Leaves [k, m, ...]: they bring the partners into the agent's order.
@@ -118,9 +119,9 @@ def match(
             find = functools.partial(
                 align.weight_matching, symmetry, _bounded(mine), backend=problem.assignment
             )
-            return jax.lax.map(lambda j: find(_bounded(_row(everyone, j))), row)
+            return jax.lax.map(lambda j: find(_bounded(_row(others.pool, j))), row)
 
-        return axis.each(by_weights)(own, partners)
+        return axis.each(by_weights)(own, others.rows)
 
     def seen(variables: PyTree, images: Array) -> dict[str, align.Centred]:
         return align.centre(_bounded(symmetry.activations(variables, images)), symmetry)
@@ -128,24 +129,24 @@ def match(
     def on_shared(images: Array) -> PyTree:
         views = axis.each(lambda variables: seen(variables, images))
         ours = views(own)
-        theirs = axis.gather(ours if faithful else views(_row(everyone, axis.ids)))
+        theirs = reach(ours if shown is None else views(shown))
 
         def pairs(mine: PyTree, row: Array) -> PyTree:
-            return jax.lax.map(lambda j: align.cross_moments(mine, _row(theirs, j)), row)
+            return jax.lax.map(lambda j: align.cross_moments(mine, _row(theirs.pool, j)), row)
 
-        return axis.each(pairs)(ours, partners)
+        return axis.each(pairs)(ours, theirs.rows)
 
     def on_own(images: Array) -> PyTree:
         def pairs(mine: PyTree, row: Array, images: Array) -> PyTree:
             # Unrolled: convolutions within a loop are slow on CPU.
             ours = seen(mine, images)
             found = [
-                align.cross_moments(ours, seen(_row(everyone, row[s]), images))
-                for s in range(partners.shape[1])
+                align.cross_moments(ours, seen(_row(others.pool, row[s]), images))
+                for s in range(others.rows.shape[1])
             ]
             return trees.stack(found)
 
-        return axis.each(pairs)(own, partners, images)
+        return axis.each(pairs)(own, others.rows, images)
 
     def together(first: align.Moments, second: align.Moments) -> align.Moments:
         return jax.vmap(jax.vmap(align.merge_moments))(first, second)
@@ -241,14 +242,15 @@ def to_one_order(
     symmetry, axis = matching.symmetry(problem), network.axis
     everyone = network.exchange(variables)
     below = forest.level > 0
+    parents = forest.parent[axis.ids][:, None]
     found = match(
         axis,
         problem,
         matching,
         variables,
-        everyone,
-        forest.parent[axis.ids][:, None],
-        faithful=network.attack is None,
+        Fetched(everyone, parents),
+        lambda tree: Fetched(axis.gather(tree), parents),
+        shown=None if network.attack is None else _row(everyone, axis.ids),
     )
     identity = symmetry.identity()
 

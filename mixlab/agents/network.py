@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
-from mixlab.agents.parallel import Axis
+from mixlab.agents.parallel import Axis, Fetched
 from mixlab.merge import MergeMethod, average
 from mixlab.types import Array, Key, PyTree
 
@@ -110,8 +110,8 @@ class Network:
 
     def broadcast(
         self, tree: PyTree, kind: str = "parameters", *, num_bytes: float | None = None
-    ) -> PyTree:
-        """Sends what an agent holds to all who weigh it; gives what arrives from everyone.
+    ) -> Fetched:
+        """Sends what an agent holds to all who weigh it; gives what arrives.
 
         Args:
             tree: leaves [k, ...] of the block.
@@ -119,9 +119,21 @@ class Network:
             num_bytes: the size of an agent's message; by default that of its floating leaves.
 
         Returns:
-            Leaves [A, ...]: of an agent that is late what it sent last, of a Byzantine one what
-            it pretends. An agent's own row may be wrong too: use its own value for itself.
+            In the order of `neighbour_slots`: of an agent that is late what it sent last, of a
+            Byzantine one what it pretends. First comes what an agent itself shows to the others;
+            use its own value for itself.
         """
+        slots, _ = neighbour_slots(self.adjacency)
+        if self.attack is None:
+            self._count_broadcast(tree, kind, num_bytes)
+            return self.axis.fetch(self._as_sent(tree), slots)
+        everyone = self.gather(tree, kind, num_bytes=num_bytes)
+        return Fetched(everyone, jnp.asarray(slots)[self.axis.ids])
+
+    def gather(
+        self, tree: PyTree, kind: str = "parameters", *, num_bytes: float | None = None
+    ) -> PyTree:
+        """As `broadcast`, but gives what arrives of everyone, leaves [A, ...], on every device."""
         self._count_broadcast(tree, kind, num_bytes)
         return self._arriving(tree)
 
@@ -184,11 +196,11 @@ class Network:
             wide = trees.wide(x.dtype)
             return _along(mine.astype(wide), x) * x.astype(wide)
 
-        def from_neighbours(x: Array, *arrived: Array) -> Array:
+        def from_neighbours(x: Array, *others: Array) -> Array:
             if not trees.is_inexact(x):
                 return x
             total = own(x)
-            for s, other in enumerate(arrived, 1):
+            for s, other in enumerate(others, 1):
                 j = jnp.asarray(slots)[ids, s]
                 weight = jnp.where(jnp.asarray(valid)[ids, s], rows[jnp.arange(len(ids)), j], 0)
                 total += _along(weight.astype(total.dtype), x) * other.astype(total.dtype)
@@ -203,12 +215,12 @@ class Network:
                 x.dtype
             )
 
-        if not sparse:
-            everyone = self.broadcast(tree, kind, num_bytes=num_bytes)
-            return jax.tree.map(from_everyone, tree, everyone)
-        self._count_broadcast(tree, kind, num_bytes)
-        arrived = self.axis.fetch(self._as_sent(tree), slots[:, 1:])
-        return jax.tree.map(from_neighbours, tree, *arrived)
+        if sparse:
+            arrived = self.broadcast(tree, kind, num_bytes=num_bytes)
+            others = (arrived.column(s) for s in range(1, slots.shape[1]))
+            return jax.tree.map(from_neighbours, tree, *others)
+        everyone = self.gather(tree, kind, num_bytes=num_bytes)
+        return jax.tree.map(from_everyone, tree, everyone)
 
     def _weighted(self, rows: Array, arrived: Array) -> Array:
         """The sums [k, ...] of what arrived, [A, ...], by rows of weights [k, A]."""
@@ -224,7 +236,7 @@ class Network:
         hit = sums((rows > 0).astype(rows.dtype), broken.astype(rows.dtype)) > 0
         return jnp.where(hit, jnp.nan, sums(rows, jnp.where(broken, 0, arrived)))
 
-    def merge(self, own: PyTree, everyone: PyTree, method: MergeMethod) -> PyTree:
+    def merge(self, own: PyTree, arrived: Fetched, method: MergeMethod) -> PyTree:
         """Merges every agent's neighbourhood, itself first, then its neighbours ascending.
 
         Robust rules need as many models as they were made for: what does not arrive is replaced
@@ -232,14 +244,10 @@ class Network:
 
         Args:
             own: leaves [k, ...] of the block.
-            everyone: leaves [A, ...], what arrived.
+            arrived: what `broadcast` gave.
             method: any method of `mixlab.merge` that makes one model.
         """
-        return self.merge_neighbourhood(own, self.neighbourhood(own, everyone), method)
-
-    def partners(self) -> Array:
-        """Int32 [k, slots], the table of `neighbour_slots` of the block's agents."""
-        return jnp.asarray(neighbour_slots(self.adjacency)[0])[self.axis.ids]
+        return self.merge_neighbourhood(own, self.neighbourhood(own, arrived), method)
 
     def silent(self) -> Array:
         """Bool [k, slots]: from whom nothing arrives; never the first slot, which is oneself."""
@@ -249,12 +257,12 @@ class Network:
         heard = (weights > 0) & jnp.asarray(valid)[ids]
         return ~heard.at[:, 0].set(True)
 
-    def neighbourhood(self, own: PyTree, everyone: PyTree) -> PyTree:
+    def neighbourhood(self, own: PyTree, arrived: Fetched) -> PyTree:
         """Every agent's own model, then what arrived from its neighbours, or else its own again.
 
         Args:
             own: leaves [k, ...] of the block.
-            everyone: leaves [A, ...], what arrived.
+            arrived: what `broadcast` gave.
 
         Returns:
             Leaves [k, slots, ...], see `neighbour_slots`.
@@ -265,10 +273,10 @@ class Network:
             return jax.tree.map(
                 lambda x, all_: jnp.where(_along(own_instead, all_[row]), x[None], all_[row]),
                 mine,
-                everyone,
+                arrived.pool,
             )
 
-        return self.axis.each(one)(self.partners(), self.silent(), own)
+        return self.axis.each(one)(arrived.rows, self.silent(), own)
 
     def merge_neighbourhood(
         self, own: PyTree, models: PyTree, method: MergeMethod | None
@@ -303,7 +311,8 @@ class Network:
 
         each, ids = self.axis.each, self.axis.ids
         if method is None:
-            return each(weighted)(ids, self.partners(), self.silent(), own, models)
+            slots = jnp.asarray(neighbour_slots(self.adjacency)[0])[ids]
+            return each(weighted)(ids, slots, self.silent(), own, models)
         return each(functools.partial(merged_by, method))(ids, own, models)
 
     def mean(

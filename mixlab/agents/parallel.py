@@ -41,15 +41,31 @@ class Axis(NamedTuple):
         ids: int32 [k], which agents these are.
         each: `each(fn)(*trees)` maps `fn` over the leading axis k of the trees.
         gather: `gather(tree)` turns leaves [k, ...] of the block into [A, ...] of all agents.
-        fetch: `fetch(tree, sources)` gives a list of m trees with leaves [k, ...]: in place s, for
-            every agent i of the block, what agent `sources[i, s]` holds. int [A, m], known when
-            the program is traced. Between devices only the blocks travel that somebody asks for.
+        fetch: `fetch(tree, sources)` gives every agent i of the block what the agents
+            `sources[i]` hold. int [A, m], known when the program is traced: between devices only
+            the blocks travel that somebody asks for.
     """
 
     ids: Array
     each: Callable[[Callable[..., Any]], Callable[..., Any]]
     gather: Callable[[PyTree], PyTree]
-    fetch: Callable[[PyTree, np.ndarray], list[PyTree]]
+    fetch: Callable[[PyTree, np.ndarray], "Fetched"]
+
+
+class Fetched(NamedTuple):
+    """What the agents of a block have fetched from others.
+
+    Attributes:
+        pool: leaves [n, ...], all that came to the block.
+        rows: int32 [k, m], where in the pool an agent of the block finds what it asked for.
+    """
+
+    pool: PyTree
+    rows: Array
+
+    def column(self, s: int) -> PyTree:
+        """Leaves [k, ...]: the s-th thing that every agent of the block asked for."""
+        return jax.tree.map(lambda x: x[self.rows[:, s]], self.pool)
 
 
 Program = Callable[[Axis, Any, Any, Any], Any]
@@ -57,7 +73,7 @@ Program = Callable[[Axis, Any, Any, Any], Any]
 
 def whole_axis(ids: Array, each: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Axis:
     """The axis of a program whose block is all the agents."""
-    return Axis(ids, each, lambda tree: tree, functools.partial(_rows, ids))
+    return Axis(ids, each, lambda tree: tree, functools.partial(_choose, ids))
 
 
 def _loop(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,13 +229,12 @@ def _gather(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, _DEVICES, tiled=True), tree)
 
 
-def _rows(ids: Array, tree: PyTree, sources: np.ndarray) -> list[PyTree]:
+def _choose(ids: Array, tree: PyTree, sources: np.ndarray) -> Fetched:
     """`Axis.fetch` from leaves [A, ...]."""
-    rows = jnp.asarray(sources)[ids]
-    return [jax.tree.map(lambda x: x[rows[:, s]], tree) for s in range(rows.shape[1])]  # noqa: B023
+    return Fetched(tree, jnp.asarray(sources, jnp.int32)[ids])
 
 
-def _fetch(ids: Array, tree: PyTree, sources: np.ndarray) -> list[PyTree]:
+def _fetch(ids: Array, tree: PyTree, sources: np.ndarray) -> Fetched:
     """`Axis.fetch` between devices: in each of a few rounds a block goes from one to another."""
     size = len(ids)
     number = len(sources) // size
@@ -229,23 +244,18 @@ def _fetch(ids: Array, tree: PyTree, sources: np.ndarray) -> list[PyTree]:
     np.fill_diagonal(wanted, False)
     rounds = exchange_rounds(wanted)
     if len(rounds) >= number - 1:
-        return _rows(ids, _gather(tree), sources)
+        return _choose(ids, _gather(tree), sources)
     # Which round brings the block of one device to another; its own is there before the first.
     brought = np.zeros((number, number), np.int32)
     for i, pairs in enumerate(rounds):
         for source, target in pairs:
             brought[target, source] = i + 1
     held = brought[np.repeat(np.arange(number), size)[:, None], blocks]
-    rows, held = jnp.asarray(sources % size)[ids], jnp.asarray(held)[ids]
 
     def received(x: Array) -> Array:
-        return jnp.stack([x, *(jax.lax.ppermute(x, _DEVICES, pairs) for pairs in rounds)])
+        return jnp.concatenate([x, *(jax.lax.ppermute(x, _DEVICES, pairs) for pairs in rounds)])
 
-    tree = jax.tree.map(received, tree)
-    return [
-        jax.tree.map(lambda x: x[held[:, s], rows[:, s]], tree)  # noqa: B023
-        for s in range(rows.shape[1])
-    ]
+    return _choose(ids, jax.tree.map(received, tree), size * held + sources % size)
 
 
 def exchange_rounds(wanted: np.ndarray) -> list[list[tuple[int, int]]]:

@@ -56,9 +56,12 @@ def test_what_is_asked_for_is_fetched(layout, asked):
     # Some ask for themselves, some twice for the same.
     sources = (ids[:, None] + rng.integers(0, asked, size=(8, asked))) % 8
     where = parallel(8, **layout)
-    run = where.compile(lambda axis, state, held, shared: axis.fetch(state, sources))
-    found = where.get(run(where.put({"x": x, "id": ids}), {}, 0))
-    assert len(found) == asked
+
+    def columns(axis, state, held, shared):
+        fetched = axis.fetch(state, sources)
+        return [fetched.column(s) for s in range(asked)]
+
+    found = where.get(where.compile(columns)(where.put({"x": x, "id": ids}), {}, 0))
     for s, tree in enumerate(found):
         np.testing.assert_array_equal(tree["id"], sources[:, s])
         np.testing.assert_array_equal(tree["x"], x[sources[:, s]])

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from mixlab import merge as merging
 from mixlab import spec
 from mixlab.agents import alignment
-from mixlab.agents.network import Network
-from mixlab.agents.parallel import Axis
+from mixlab.agents.network import Network, neighbour_slots
+from mixlab.agents.parallel import Axis, Fetched
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import AgentState, Problem, Strategy
 from mixlab.agents.topology import Topology
@@ -181,25 +181,26 @@ def dimat(
 
     def matched(
         network: Network, problem: Problem, state: AgentState
-    ) -> tuple[PyTree, PyTree, Permutations]:
-        """What an agent holds, what arrives of everyone, and the neighbours' permutations."""
+    ) -> tuple[PyTree, Fetched, Permutations]:
+        """What an agent holds, what arrives, and the neighbours' permutations."""
         how.symmetry(problem)  # what is lacking is said before anything is computed
         variables = alignment.reestimated(network.axis, problem, state.variables)
-        own, everyone = _sent(network, state._replace(variables=variables), opt_state)
+        own, arrived = _sent(network, state._replace(variables=variables), opt_state)
+        faithful = network.late is None and network.attack is None
         permutations = alignment.match(
             network.axis,
             problem,
             how,
             variables,
-            everyone["variables"],
-            network.partners()[:, 1:],
-            faithful=network.late is None and network.attack is None,
+            Fetched(arrived.pool["variables"], arrived.rows[:, 1:]),
+            lambda tree: network.axis.fetch(tree, neighbour_slots(network.adjacency)[0][:, 1:]),
+            shown=None if faithful else arrived.column(0)["variables"],
         )
-        return own, everyone, permutations
+        return own, arrived, permutations
 
     def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
         symmetry, each = how.symmetry(problem), network.axis.each
-        own, everyone, permutations = matched(network, problem, state)
+        own, arrived, permutations = matched(network, problem, state)
         unmoved = symmetry.identity()
 
         def aligned(silent: Array, permutations: Permutations, models: PyTree) -> PyTree:
@@ -213,7 +214,7 @@ def dimat(
             others = jax.vmap(one)(silent[1:], permutations, jax.tree.map(lambda x: x[1:], models))
             return jax.tree.map(lambda x, rest: jnp.concatenate([x[:1], rest]), models, others)
 
-        models = each(aligned)(network.silent(), permutations, network.neighbourhood(own, everyone))
+        models = each(aligned)(network.silent(), permutations, network.neighbourhood(own, arrived))
         merged = network.merge_neighbourhood(own, models, method)
         variables = alignment.reestimated(network.axis, problem, merged["variables"])
         if opt_state == "permute":
@@ -231,14 +232,14 @@ def dimat(
     )
 
 
-def _sent(network: Network, state: AgentState, opt_state: str) -> tuple[PyTree, PyTree]:
+def _sent(network: Network, state: AgentState, opt_state: str) -> tuple[PyTree, Fetched]:
     """What agents merge, moments included if they are "permute"d: one's own, and as it arrives."""
     own = {"variables": state.variables}
-    everyone = {"variables": core.broadcast_variables(network, state.variables)}
+    arrived = {"variables": core.broadcast_variables(network, state.variables)}
     if opt_state == "permute":
         own["moments"] = state.opt_state
-        everyone["moments"] = network.broadcast(state.opt_state, "parameters")
-    return own, everyone
+        arrived["moments"] = network.broadcast(state.opt_state, "parameters")
+    return own, core.together(arrived)
 
 
 def _merged(
@@ -254,8 +255,8 @@ def _merged(
         if opt_state == "permute":
             merged["moments"] = network.mix(state.opt_state)
     else:
-        own, everyone = _sent(network, state, opt_state)
-        merged = network.merge(own, everyone, method)
+        own, arrived = _sent(network, state, opt_state)
+        merged = network.merge(own, arrived, method)
     variables = merged["variables"]
     if opt_state == "permute":
         return state._replace(variables=variables, opt_state=merged["moments"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mixlab import trees
 from mixlab.agents import alignment
-from mixlab.agents.parallel import Axis
+from mixlab.agents.parallel import Axis, Fetched
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import Problem
 from mixlab.align import Permutations
@@ -56,8 +56,12 @@ def consensus(
     matching = alignment.Matching()
     symmetry = matching.symmetry(problem)
     first = jnp.broadcast_to(jnp.argmax(among), (*axis.ids.shape, 1))
+
+    def of_first(tree: PyTree) -> Fetched:
+        return Fetched(axis.gather(tree), first)
+
     permutations = alignment.match(
-        axis, problem, matching, variables, axis.gather(variables), first, faithful=True
+        axis, problem, matching, variables, of_first(variables), of_first
     )
 
     def to_first(permutations: Permutations, own: PyTree) -> PyTree:

@@ -1,6 +1,6 @@
 """What a strategy is: pure functions, written as parts of a program over the agent axis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import optax
 
 from mixlab import align, merge, spec, trees
 from mixlab.agents.network import Network
-from mixlab.agents.parallel import Axis
+from mixlab.agents.parallel import Axis, Fetched
 from mixlab.types import Array, Batch, PyTree
 
 OPT_STATE_AT_MERGE = ("keep", "reset", "permute")
@@ -154,9 +154,22 @@ def where(chosen: Array, then: PyTree, otherwise: PyTree) -> PyTree:
     return jax.tree.map(leaf, then, otherwise)
 
 
-def broadcast_variables(network: Network, variables: PyTree) -> PyTree:
+def broadcast_variables(network: Network, variables: PyTree) -> Fetched:
     """Sends parameters and statistics; see `Network.broadcast`."""
-    return {name: network.broadcast(value, _kind(name)) for name, value in variables.items()}
+    return together(
+        {name: network.broadcast(value, _kind(name)) for name, value in variables.items()}
+    )
+
+
+def gather_variables(network: Network, variables: PyTree) -> PyTree:
+    """As `broadcast_variables`, but of everyone; see `Network.gather`."""
+    return {name: network.gather(value, _kind(name)) for name, value in variables.items()}
+
+
+def together(arrived: Mapping[str, Fetched]) -> Fetched:
+    """As one, what several broadcasts of a network gave."""
+    rows = next(iter(arrived.values())).rows
+    return Fetched({name: fetched.pool for name, fetched in arrived.items()}, rows)
 
 
 def mix_variables(

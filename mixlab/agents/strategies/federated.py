@@ -305,7 +305,7 @@ def _federated(
         took_part = drawn(server.round) & heard & (everyones.round == server.round)
         upwards = network.weighted(jnp.where(hub[:, None] & took_part, 1.0, 0.0))
         changes = jax.tree.map(_minus, state.variables, own.variables)
-        changes = core.broadcast_variables(upwards, changes)
+        changes = core.gather_variables(upwards, changes)
         change = _mean(changes, took_part, method, network.key)
 
         params = server.variables["params"]

@@ -232,7 +232,7 @@ def swarm(
         pair = pair.at[jnp.stack([a, b]), jnp.stack([b, a])].set(
             jnp.where(reached, 0.5, 0.0).astype(pair.dtype)
         )
-        everyone = core.broadcast_variables(network.weighted(pair), state.variables)
+        everyone = core.gather_variables(network.weighted(pair), state.variables)
         partner = jnp.where(ids == a, b, a)
 
         def leaf(own: Array, arrived: Array) -> Array:
@@ -294,28 +294,28 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
         # As which neighbour of j agent i is answered, for j the neighbour of i in slot s.
         mine = np.argmax(others[others] == np.arange(len(others))[:, None, None], axis=2)
 
-        everyone = network.broadcast(state.variables["params"], "parameters")
+        arrived = network.broadcast(state.variables["params"], "parameters")
 
-        def answers(agent: Array, variables: PyTree, batch: PyTree) -> PyTree:
-            def answer(other: Array) -> PyTree:
-                params = jax.tree.map(lambda x: x[other], everyone)
+        def answers(asked: Array, variables: PyTree, batch: PyTree) -> PyTree:
+            def answer(row: Array) -> PyTree:
+                params = jax.tree.map(lambda x: x[row], arrived.pool)
                 return gradients.of({**variables, "params": params}, batch)
 
-            asked = jnp.asarray(others)[agent]
             return trees.stack([answer(asked[s]) for s in range(others.shape[1])])
 
         ids = network.axis.ids
-        sent = network.axis.each(answers)(ids, state.variables, gradients.batch)
+        sent = network.axis.each(answers)(arrived.rows[:, 1:], state.variables, gradients.batch)
         one = trees.num_bytes(gradients.grads) / len(ids)
         crossed = network.broadcast(sent, "gradients", num_bytes=one)
 
-        def direction(agent: Array, own: PyTree) -> PyTree:
+        def direction(agent: Array, answered: Array, own: PyTree) -> PyTree:
             js = jnp.asarray(others)[agent]
             row = jnp.where(jnp.asarray(real)[agent], network.weights[agent][js], 0.0)
-            got = jax.tree.map(lambda x: x[js, jnp.asarray(mine)[agent]], crossed)
+            mine_there = jnp.asarray(mine)[agent]
+            got = jax.tree.map(lambda x: x[answered, mine_there], crossed.pool)
             return _cross(own, got, network.weights[agent, agent], row, projection)
 
-        grads = network.axis.each(direction)(ids, gradients.grads)
+        grads = network.axis.each(direction)(ids, crossed.rows[:, 1:], gradients.grads)
         return plain.local_step(network, problem, state, gradients._replace(grads=grads))
 
     return plain._replace(name="cga", local_step=local_step)
