@@ -41,6 +41,8 @@ class Axis(NamedTuple):
         ids: int32 [k], which agents these are.
         each: `each(fn)(*trees)` maps `fn` over the leading axis k of the trees.
         gather: `gather(tree)` turns leaves [k, ...] of the block into [A, ...] of all agents.
+        pick: `pick(tree, agent)` gives what one agent holds, without the agent axis; which one
+            need not be known when the program is traced.
         fetch: `fetch(tree, sources)` gives every agent i of the block what the agents
             `sources[i]` hold. int [A, m], known when the program is traced: between devices only
             the blocks travel that somebody asks for.
@@ -49,6 +51,7 @@ class Axis(NamedTuple):
     ids: Array
     each: Callable[[Callable[..., Any]], Callable[..., Any]]
     gather: Callable[[PyTree], PyTree]
+    pick: Callable[[PyTree, Array | int], PyTree]
     fetch: Callable[[PyTree, np.ndarray], "Fetched"]
 
 
@@ -73,7 +76,11 @@ Program = Callable[[Axis, Any, Any, Any], Any]
 
 def whole_axis(ids: Array, each: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Axis:
     """The axis of a program whose block is all the agents."""
-    return Axis(ids, each, lambda tree: tree, functools.partial(_choose, ids))
+
+    def pick(tree: PyTree, agent: Array | int) -> PyTree:
+        return jax.tree.map(lambda x: x[agent], tree)
+
+    return Axis(ids, each, lambda tree: tree, pick, functools.partial(_choose, ids))
 
 
 def _loop(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,7 +179,8 @@ class Parallel:
             if self.backend == "pmap":
                 first = jax.lax.axis_index(_DEVICES) * size
                 ids = first + jnp.arange(size)
-                axis = Axis(ids, each, _gather, functools.partial(_fetch, ids))
+                pick, fetch = (functools.partial(fn, ids) for fn in (_pick, _fetch))
+                axis = Axis(ids, each, _gather, pick, fetch)
                 return program(axis, state, agents, shared)
             axis = whole_axis(jnp.arange(size), each)
             state, agents = jax.tree.map(lambda x: x[0], (state, agents))
@@ -227,6 +235,18 @@ class Parallel:
 
 def _gather(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, _DEVICES, tiled=True), tree)
+
+
+def _pick(ids: Array, tree: PyTree, agent: Array | int) -> PyTree:
+    """`Axis.pick` between devices: a sum in which all others are zero."""
+    here = ids == agent
+
+    def leaf(x: Array) -> Array:
+        own = jnp.where(jnp.any(here), x[jnp.argmax(here)], jnp.zeros((), x.dtype))
+        number = own.astype(jnp.uint8) if own.dtype == bool else own
+        return jax.lax.psum(number, _DEVICES).astype(x.dtype)
+
+    return jax.tree.map(leaf, tree)
 
 
 def _choose(ids: Array, tree: PyTree, sources: np.ndarray) -> Fetched:

@@ -67,6 +67,28 @@ def test_what_is_asked_for_is_fetched(layout, asked):
         np.testing.assert_array_equal(tree["x"], x[sources[:, s]])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_one_agent_is_picked(layout):
+    tree = {
+        "x": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32),
+        "nan": np.where(np.arange(8) == 2, np.nan, np.inf).astype(np.float32),
+        "id": np.arange(8, dtype=np.int32),
+        "odd": np.arange(8) % 2 == 1,
+    }
+    where = parallel(8, **layout)
+
+    def picked(axis, state, held, agent):
+        one = axis.pick(state, agent)
+        return axis.each(lambda own: one)(axis.ids)
+
+    run = where.compile(picked)
+    for agent in range(8):
+        found = where.get(run(where.put(tree), {}, where.replicate(np.int32(agent))))
+        for name, leaf in tree.items():
+            assert found[name].dtype == leaf.dtype
+            np.testing.assert_array_equal(found[name], np.stack([leaf[agent]] * 8))
+
+
 @pytest.mark.parametrize(
     ("topology", "rounds"),
     [

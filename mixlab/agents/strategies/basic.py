@@ -1,7 +1,5 @@
 """The two ends between which decentralized training lies: alone, and as one."""
 
-import jax
-
 from mixlab import merge
 from mixlab.agents.network import Network
 from mixlab.agents.parallel import Axis
@@ -31,8 +29,7 @@ def data_parallel(topology: Topology, *, merge: str | merge.MergeMethod | None =
     robust = core.method_of("median") if method is not None else None
 
     def init(axis: Axis, problem: Problem, state: AgentState) -> AgentState:
-        own = (state.variables, state.opt_state)
-        first = jax.tree.map(lambda x: axis.gather(x)[0], own)
+        first = axis.pick((state.variables, state.opt_state), 0)
         variables, opt_state = axis.each(lambda agent: first)(axis.ids)
         return state._replace(variables=variables, opt_state=opt_state)
 

@@ -55,10 +55,11 @@ def consensus(
     count = jnp.sum(among, dtype=jnp.float32)
     matching = alignment.Matching()
     symmetry = matching.symmetry(problem)
-    first = jnp.broadcast_to(jnp.argmax(among), (*axis.ids.shape, 1))
+    first = jnp.argmax(among)
 
     def of_first(tree: PyTree) -> Fetched:
-        return Fetched(axis.gather(tree), first)
+        pool = jax.tree.map(lambda x: x[None], axis.pick(tree, first))
+        return Fetched(pool, jnp.zeros((*axis.ids.shape, 1), jnp.int32))
 
     permutations = alignment.match(
         axis, problem, matching, variables, of_first(variables), of_first
@@ -75,7 +76,7 @@ def consensus(
     def mean(tree: PyTree) -> PyTree:
         def leaf(x: Array) -> Array:
             if not trees.is_inexact(x):
-                return jnp.broadcast_to(axis.gather(x)[first[0, 0]], x.shape)
+                return jnp.broadcast_to(axis.pick(x, first), x.shape)
             wide = trees.wide(x.dtype)
             total = jnp.sum(axis.gather(counted(x)).astype(wide), axis=0)
             return jnp.broadcast_to((total / count.astype(wide)).astype(x.dtype), x.shape)

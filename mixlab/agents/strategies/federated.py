@@ -264,8 +264,7 @@ def _federated(
         return jax.random.permutation(key, topology.num_agents) < clients
 
     def init(axis: Axis, problem: Problem, state: AgentState) -> AgentState:
-        own = (state.variables, state.opt_state)
-        first = jax.tree.map(lambda x: x[0], axis.gather(own))
+        first = axis.pick((state.variables, state.opt_state), 0)
         variables, inner = axis.each(lambda agent: first)(axis.ids)
         server = Server(
             variables,
