@@ -366,12 +366,13 @@ def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, An
             return
         found = analysis.temp_size_in_bytes
         held = where.per_block
+        blocks = topology.adjacency.reshape(count // held, held, count // held, held).any((1, 3))
+        rounds = exchange_rounds(blocks & ~np.eye(count // held, dtype=bool))
         if own.name == "dimat":
-            predicted = count * (model + activations) + held * degree * (model + moments)
+            reached = held * (1 + min(len(rounds), count // held - 1))
+            predicted = reached * (model + activations) + held * degree * (model + moments)
         elif degree + 1 <= count / 4:
-            blocks = topology.adjacency.reshape(count // held, held, count // held, held)
-            between = blocks.any((1, 3)) & ~np.eye(count // held, dtype=bool)
-            predicted = held * (1 + len(exchange_rounds(between))) * model
+            predicted = held * (1 + len(rounds)) * model
         else:
             predicted = count * model
         yield {
