@@ -170,7 +170,6 @@ class Network:
         tree: PyTree,
         kind: str = "parameters",
         *,
-        method: MergeMethod | None = None,
         num_bytes: float | None = None,
     ) -> PyTree:
         """Gives agent i the sum over j of `weights[i, j]` times what arrives from agent j.
@@ -180,11 +179,8 @@ class Network:
         Args:
             tree: leaves [k, ...] of the block.
             kind: see `Message`.
-            method: merge the neighbourhood by this instead, see `merge`.
             num_bytes: see `broadcast`.
         """
-        if method is not None:
-            return self.merge(tree, self.broadcast(tree, kind, num_bytes=num_bytes), method)
         ids = self.axis.ids
         rows = self.weights[ids]
         mine = rows[jnp.arange(len(ids)), ids]
