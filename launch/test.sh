@@ -4,4 +4,5 @@
 set -euo pipefail
 source "$(dirname "$0")/install.sh" dev
 # Two workers: the tests' time is mostly compilation, which one core cannot share.
-exec .venv/bin/python -m pytest -n "${MIXLAB_TEST_WORKERS:-2}" --dist loadfile --durations=40 "$@"
+exec .venv/bin/python -m pytest -n "${MIXLAB_TEST_WORKERS:-2}" --dist loadfile \
+  --no-loadscope-reorder --durations=40 "$@"
