@@ -240,18 +240,10 @@ def _mixing(
 ) -> Callable[[], Any]:
     strategy = agents.wa(topology)
     problem = agents.Problem(optax.sgd(0.1))
-    return _communication(where, topology, strategy, problem, variables, {})
+    return _called(*_round(where, topology, strategy, problem, variables, {}))
 
 
-def _communication(
-    where: agents.Parallel,
-    topology: agents.Topology,
-    strategy: agents.Strategy,
-    problem: agents.Problem,
-    variables: PyTree,
-    images: Any,
-) -> Callable[[], Any]:
-    run, *given = _round(where, topology, strategy, problem, variables, images)
+def _called(run: Callable[..., Any], *given: Any) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(run(*given))
 
 
@@ -309,8 +301,8 @@ def _rounds(options: Options) -> Iterator[dict[str, Any]]:
             placed, replicated = where.put(variables), where.replicate(images)
             forward = where.compile(passes)
             calls = {
-                "round": _communication(
-                    where, topology, agents.dimat(topology), problem, variables, images
+                "round": _called(
+                    *_round(where, topology, agents.dimat(topology), problem, variables, images)
                 ),
                 "passes": lambda: jax.block_until_ready(
                     forward(placed, {}, replicated)  # noqa: B023
