@@ -87,12 +87,18 @@ def test_one_two_and_four_processes_end_the_same_and_go_on_for_each_other(tmp_pa
 
 
 def test_models_go_from_process_to_process(tmp_path):
-    launch(2, tmp_path / "found.npy", module="tests.mixing")
-    found, wanted = np.load(tmp_path / "found.npy"), mixing.mixed()
-    np.testing.assert_array_equal(found, wanted)
+    launch(2, tmp_path / "found.npz", module="tests.mixing")
+    found, wanted = np.load(tmp_path / "found.npz"), mixing.mixed()
     models = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
-    matrix = agents.ring(12).mixing_matrix()
-    np.testing.assert_allclose(wanted, matrix @ models, rtol=1e-5, atol=1e-6)
+    matrices = {
+        "ring": agents.ring(12).mixing_matrix(),
+        "complete": agents.complete(12).mixing_matrix(),
+        "mean": np.full((12, 12), 1 / 12),
+    }
+    assert set(matrices) == set(wanted)
+    for name, matrix in matrices.items():
+        np.testing.assert_array_equal(found[name], wanted[name])
+        np.testing.assert_allclose(wanted[name], matrix @ models, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse.csgraph
 
 from mixlab import align, spec, trees
-from mixlab.agents.network import Network
+from mixlab.agents.network import Network, neighbour_slots
 from mixlab.agents.parallel import Axis, Fetched
 from mixlab.agents.strategies.core import Problem
 from mixlab.align.activations import STATISTICS
@@ -240,17 +240,25 @@ def to_one_order(
         ValueError: a universe by activations where every agent has images of its own.
     """
     symmetry, axis = matching.symmetry(problem), network.axis
-    everyone = network.exchange(variables)
     below = forest.level > 0
-    parents = forest.parent[axis.ids][:, None]
+    slots, _ = neighbour_slots(network.adjacency | network.adjacency.T)
+    is_parent = jnp.asarray(slots)[axis.ids] == forest.parent[axis.ids][:, None]
+    place = jnp.argmax(is_parent, axis=1)[:, None]
+
+    def of_parent(tree: PyTree) -> Fetched:
+        near = axis.fetch(tree, slots)
+        return Fetched(near.pool, jnp.take_along_axis(near.rows, place, axis=1))
+
+    faithful = network.attack is None
+    shown = variables if faithful else _row(network.exchange(variables), axis.ids)
     found = match(
         axis,
         problem,
         matching,
         variables,
-        Fetched(everyone, parents),
-        lambda tree: Fetched(axis.gather(tree), parents),
-        shown=None if network.attack is None else _row(everyone, axis.ids),
+        of_parent(shown),
+        of_parent,
+        shown=None if faithful else shown,
     )
     identity = symmetry.identity()
 
@@ -268,18 +276,15 @@ def to_one_order(
     start = jax.tree.map(lambda p: jnp.broadcast_to(p, (len(below), *p.shape)), identity)
     composed = jax.lax.fori_loop(1, jnp.max(forest.level) + 1, descend, start)
     if universe:
-        own = variables if network.attack is None else _row(everyone, axis.ids)
-        views = _views(axis, problem, matching, own, everyone)
+        views = _views(axis, problem, matching, shown)
         composed = _ascend(problem, matching, views, composed, forest.level)
     return _row(composed, axis.ids)
 
 
-def _views(
-    axis: Axis, problem: Problem, matching: Matching, own: PyTree, everyone: PyTree
-) -> PyTree:
+def _views(axis: Axis, problem: Problem, matching: Matching, shown: PyTree) -> PyTree:
     """What the universe is matched by, leaves [A, ...]; its mean over agents makes sense."""
     if matching.by == "weights":
-        return _bounded(everyone)
+        return _bounded(axis.gather(shown))
     if problem.local:
         raise ValueError(
             "align='universe' compares all agents on the same images, but every agent has its "
@@ -302,7 +307,7 @@ def _views(
                 )
         return found
 
-    return axis.gather(axis.each(view)(own))
+    return axis.gather(axis.each(view)(shown))
 
 
 def _ascend(

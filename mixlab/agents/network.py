@@ -124,18 +124,25 @@ class Network:
             use its own value for itself.
         """
         slots, _ = neighbour_slots(self.adjacency)
+        self._count_broadcast(tree, kind, num_bytes)
         if self.attack is None:
-            self._count_broadcast(tree, kind, num_bytes)
             return self.axis.fetch(self._as_sent(tree), slots)
-        everyone = self.gather(tree, kind, num_bytes=num_bytes)
+        everyone = self.exchange(self._as_sent(tree))
         return Fetched(everyone, jnp.asarray(slots)[self.axis.ids])
 
-    def gather(
-        self, tree: PyTree, kind: str = "parameters", *, num_bytes: float | None = None
-    ) -> PyTree:
-        """As `broadcast`, but gives what arrives of everyone, leaves [A, ...], on every device."""
-        self._count_broadcast(tree, kind, num_bytes)
-        return self._arriving(tree)
+    def select(self, tree: PyTree, agents: Array, kind: str = "parameters") -> PyTree:
+        """As `broadcast`, but gives everybody what arrives of some, leaves [n, ...].
+
+        Args:
+            tree: leaves [k, ...] of the block.
+            agents: int [n]; who they are need not be known when the program is traced.
+            kind: see `Message`.
+        """
+        self._count_broadcast(tree, kind, None)
+        sent = self._as_sent(tree)
+        if self.attack is None:
+            return trees.stack([self.axis.pick(sent, agent) for agent in agents])
+        return jax.tree.map(lambda x: x[agents], self.exchange(sent))
 
     def exchange(self, tree: PyTree) -> PyTree:
         """What everyone sees of a tree, also of agents that are late; not counted, see `count`.
@@ -202,35 +209,23 @@ class Network:
                 total += _along(weight.astype(total.dtype), x) * other.astype(total.dtype)
             return total.astype(x.dtype)
 
-        def from_everyone(x: Array, arrived: Array) -> Array:
-            if not trees.is_inexact(x):
-                return x
-            others = jnp.where(ids[:, None] == jnp.arange(self.num_agents), 0, rows)
-            wide = trees.wide(x.dtype)
-            return (own(x) + self._weighted(others.astype(wide), arrived.astype(wide))).astype(
-                x.dtype
-            )
-
         if sparse:
             arrived = self.broadcast(tree, kind, num_bytes=num_bytes)
             others = (arrived.column(s) for s in range(1, slots.shape[1]))
             return jax.tree.map(from_neighbours, tree, *others)
-        everyone = self.gather(tree, kind, num_bytes=num_bytes)
-        return jax.tree.map(from_everyone, tree, everyone)
-
-    def _weighted(self, rows: Array, arrived: Array) -> Array:
-        """The sums [k, ...] of what arrived, [A, ...], by rows of weights [k, A]."""
-
-        def sums(weights: Array, values: Array) -> Array:
-            return jnp.tensordot(weights, values, axes=1, precision=jax.lax.Precision.HIGHEST)
-
+        self._count_broadcast(tree, kind, num_bytes)
+        sent = self._as_sent(tree)
+        elsewhere = jnp.where(jnp.eye(self.num_agents, dtype=bool), 0, self.weights)
         if self.attack is None:
-            return sums(rows, arrived)
-        # Zero times infinity is NaN: what a Byzantine agent sends must reach those alone who weigh
-        # it, who get NaN.
-        broken = ~jnp.isfinite(arrived)
-        hit = sums((rows > 0).astype(rows.dtype), broken.astype(rows.dtype)) > 0
-        return jnp.where(hit, jnp.nan, sums(rows, jnp.where(broken, 0, arrived)))
+            sums = self.axis.combine(functools.partial(_weighted, elsewhere), sent)
+        else:
+            everyone = self.exchange(sent)
+            sums = jax.tree.map(functools.partial(_weighted, elsewhere[ids]), everyone)
+
+        def from_everyone(x: Array, rest: Array) -> Array:
+            return (own(x) + rest).astype(x.dtype) if trees.is_inexact(x) else x
+
+        return jax.tree.map(from_everyone, tree, sums)
 
     def merge(self, own: PyTree, arrived: Fetched, method: MergeMethod) -> PyTree:
         """Merges every agent's neighbourhood, itself first, then its neighbours ascending.
@@ -338,23 +333,46 @@ class Network:
             self._count(kind, 2 * (count - 1) / count * size, each, each)
         else:
             self._count(kind, (count - 1) * size, each, each)
-        everyone = self._arriving(tree)
+        merged = self._merge_all(tree, awake, method)
+        return self.axis.each(lambda agent: merged)(self.axis.ids)
+
+    def upload(
+        self, variables: PyTree, senders: Array, *, method: MergeMethod | None = None
+    ) -> PyTree:
+        """Gives the mean of what some agents send to agent 0, a server; the same for everyone.
+
+        Args:
+            variables: leaves [k, ...] of the block, by collection.
+            senders: bool [A], who sends; the server, which is one of the agents, may be of them.
+            method: as for `mean`.
+
+        Returns:
+            Leaves without the agent axis.
+        """
+        out = senders.at[0].set(False).astype(jnp.int32)
+        into = jnp.zeros_like(out).at[0].set(out.sum())
+        for name, value in variables.items():
+            self._count(kind_of(name), _size(value), out, into)
+        return self._merge_all(variables, senders, method)
+
+    def _merge_all(self, tree: PyTree, chosen: Array, method: MergeMethod | None) -> PyTree:
+        """The mean of what arrives of those `chosen`, bool [A]; or merged, the others as zeros."""
+        sent = self._as_sent(tree)
 
         def present(x: Array) -> Array:
-            return jnp.where(_along(awake, x), x, jnp.zeros((), x.dtype))
+            return jnp.where(_along(chosen, x), x, jnp.zeros((), x.dtype))
+
+        def mean(x: Array) -> Array:
+            if not trees.is_inexact(x):
+                return x[0]
+            total = jnp.sum(present(x).astype(trees.wide(x.dtype)), axis=0)
+            return (total / jnp.maximum(jnp.sum(chosen), 1).astype(total.dtype)).astype(x.dtype)
 
         if method is not None:
-            merged = method(jax.tree.map(present, everyone), key=self.key)
-        else:
-
-            def leaf(x: Array) -> Array:
-                if not trees.is_inexact(x):
-                    return x[0]
-                total = jnp.sum(present(x).astype(trees.wide(x.dtype)), axis=0)
-                return (total / jnp.maximum(jnp.sum(awake), 1).astype(total.dtype)).astype(x.dtype)
-
-            merged = jax.tree.map(leaf, everyone)
-        return self.axis.each(lambda agent: merged)(self.axis.ids)
+            return method(jax.tree.map(present, self.exchange(sent)), key=self.key)
+        if self.attack is not None:
+            return jax.tree.map(mean, self.exchange(sent))
+        return self.axis.reduce(mean, sent)
 
     def _count(self, kind: str, num_bytes: float, sent: Array, received: Array) -> None:
         ids = self.axis.ids
@@ -365,10 +383,6 @@ class Network:
         heard = (self.weights > 0) & ~jnp.eye(self.num_agents, dtype=bool)
         out, into = heard.sum(0, dtype=jnp.int32), heard.sum(1, dtype=jnp.int32)
         self._count(kind, _size(tree) if num_bytes is None else num_bytes, out, into)
-
-    def _arriving(self, tree: PyTree) -> PyTree:
-        """What everyone sees of a tree, leaves [k, ...] -> [A, ...]."""
-        return self.exchange(self._as_sent(tree))
 
     def _as_sent(self, tree: PyTree) -> PyTree:
         """What agents sent last of a tree, leaves [k, ...]: older values where they are late."""
@@ -421,6 +435,11 @@ def mix(matrix: Array | np.ndarray, stacked: PyTree) -> PyTree:
     return jax.tree.map(leaf, stacked)
 
 
+def kind_of(collection: str) -> str:
+    """The kind of message, see `Message`, that carries a collection of variables."""
+    return "parameters" if collection == "params" else "statistics"
+
+
 def neighbour_slots(adjacency: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The neighbourhoods as a table.
 
@@ -434,6 +453,28 @@ def neighbour_slots(adjacency: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     slots = np.array([row + [row[0]] * (width - len(row)) for row in rows], np.int32)
     valid = np.array([[s < len(row) for s in range(width)] for row in rows])
     return slots, valid
+
+
+def _weighted(rows: Array, arrived: Array) -> Array:
+    """The sums of what arrived, [A, ...], by rows of weights [k, A]: [k, ...], float32 or wider.
+
+    Zero times infinity is NaN: what an agent that diverged, or lies, sends must reach those alone
+    who weigh it, who get NaN.
+    """
+    if not trees.is_inexact(arrived):
+        return jnp.zeros((len(rows), *arrived.shape[1:]), arrived.dtype)
+    arrived = arrived.astype(trees.wide(arrived.dtype))
+    rows = rows.astype(arrived.dtype)
+
+    def sums(weights: Array, values: Array) -> Array:
+        return jnp.tensordot(weights, values, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+    def guarded(broken: Array) -> Array:
+        hit = sums((rows > 0).astype(rows.dtype), broken.astype(rows.dtype)) > 0
+        return jnp.where(hit, jnp.nan, sums(rows, jnp.where(broken, 0, arrived)))
+
+    broken = ~jnp.isfinite(arrived)
+    return jax.lax.cond(jnp.any(broken), guarded, lambda broken: sums(rows, arrived), broken)
 
 
 def _size(tree: PyTree) -> float:

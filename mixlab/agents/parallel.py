@@ -9,12 +9,15 @@ sees the other agents only through `axis`, so the same program runs on every bac
 
 With several processes (`mixlab.distributed`), pmap spans the devices of all of them. Each process
 holds the blocks of its own devices and no others; only `Axis.gather` and `Parallel.get` see all.
+What needs a number of all agents but no other number of a model, as a mean does, goes by columns
+(`Axis.reduce`, `Axis.combine`): each device takes a share of the numbers, of all the agents.
 
 This is the only module that names `jax.pmap`. pmap is in maintenance mode (JAX 0.8 changelog); a
 port to `jax.shard_map` would replace `Parallel.compile` and nothing else.
 """
 
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -46,6 +49,10 @@ class Axis(NamedTuple):
         fetch: `fetch(tree, sources)` gives every agent i of the block what the agents
             `sources[i]` hold. int [A, m], known when the program is traced: between devices only
             the blocks travel that somebody asks for.
+        reduce: `reduce(fn, tree)` makes one of all agents: leaves [k, ...] become [...], the same
+            on every device. `fn` maps [A, n] to [n], each column by itself.
+        combine: `combine(fn, tree)` gives leaves [k, ...] again; `fn` maps [A, n] to [A, n], each
+            column by itself.
     """
 
     ids: Array
@@ -53,6 +60,8 @@ class Axis(NamedTuple):
     gather: Callable[[PyTree], PyTree]
     pick: Callable[[PyTree, Array | int], PyTree]
     fetch: Callable[[PyTree, np.ndarray], "Fetched"]
+    reduce: Callable[[Callable[[Array], Array], PyTree], PyTree]
+    combine: Callable[[Callable[[Array], Array], PyTree], PyTree]
 
 
 class Fetched(NamedTuple):
@@ -80,7 +89,14 @@ def whole_axis(ids: Array, each: Callable[[Callable[..., Any]], Callable[..., An
     def pick(tree: PyTree, agent: Array | int) -> PyTree:
         return jax.tree.map(lambda x: x[agent], tree)
 
-    return Axis(ids, each, lambda tree: tree, pick, functools.partial(_choose, ids))
+    def reduce(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: fn(_flat(x)).reshape(x.shape[1:]), tree)
+
+    def combine(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: fn(_flat(x)).reshape(x.shape), tree)
+
+    choose = functools.partial(_choose, ids)
+    return Axis(ids, each, lambda tree: tree, pick, choose, reduce, combine)
 
 
 def _loop(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,7 +196,7 @@ class Parallel:
                 first = jax.lax.axis_index(_DEVICES) * size
                 ids = first + jnp.arange(size)
                 pick, fetch = (functools.partial(fn, ids) for fn in (_pick, _fetch))
-                axis = Axis(ids, each, _gather, pick, fetch)
+                axis = Axis(ids, each, _gather, pick, fetch, _reduce, _combine)
                 return program(axis, state, agents, shared)
             axis = whole_axis(jnp.arange(size), each)
             state, agents = jax.tree.map(lambda x: x[0], (state, agents))
@@ -247,6 +263,54 @@ def _pick(ids: Array, tree: PyTree, agent: Array | int) -> PyTree:
         return jax.lax.psum(number, _DEVICES).astype(x.dtype)
 
     return jax.tree.map(leaf, tree)
+
+
+def _reduce(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
+    """`Axis.reduce` between devices."""
+
+    def whole(x: Array) -> Array:
+        return jax.lax.all_gather(fn(_to_columns(x)), _DEVICES, tiled=True)[: x.shape[1]]
+
+    return _packed(whole, tree)
+
+
+def _combine(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
+    """`Axis.combine` between devices."""
+
+    def rows(x: Array) -> Array:
+        back = jax.lax.all_to_all(fn(_to_columns(x)), _DEVICES, 0, 1, tiled=True)
+        return back[:, : x.shape[1]]
+
+    return _packed(rows, tree)
+
+
+def _to_columns(x: Array) -> Array:
+    """This device's share of the columns, of all agents: [k, n] -> [A, n / D], zeros at the end."""
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % jax.lax.axis_size(_DEVICES))))
+    return jax.lax.all_to_all(padded, _DEVICES, 1, 0, tiled=True)
+
+
+def _packed(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
+    """Applies `fn`, from [k, n] to [n] or [k, n], to all leaves [k, ...] of a dtype at once.
+
+    Every message costs time beside that for its bytes.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    of_dtype: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        of_dtype.setdefault(leaf.dtype, []).append(i)
+    for places in of_dtype.values():
+        flat = [_flat(leaves[i]) for i in places]
+        ends = np.cumsum([x.shape[1] for x in flat])[:-1]
+        parts = jnp.split(fn(jnp.concatenate(flat, axis=1)), ends, axis=-1)
+        for i, part in zip(places, parts, strict=True):
+            leaves[i] = part.reshape(*part.shape[:-1], *leaves[i].shape[1:])
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _flat(x: Array) -> Array:
+    """Leaves [k, ...] -> [k, n]."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _choose(ids: Array, tree: PyTree, sources: np.ndarray) -> Fetched:

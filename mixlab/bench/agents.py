@@ -343,7 +343,10 @@ def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, An
         agents.complete(NUM_AGENTS),
         agents.complete(32),
     )
-    for strategy, topology in itertools.product((agents.wa, agents.dimat), topologies):
+    rounds_of = itertools.product((agents.wa, agents.dimat), topologies)
+    # What is of all agents does not look at the graph.
+    of_all = itertools.product((_mean_of_all, _consensus), topologies[:2])
+    for strategy, topology in itertools.chain(rounds_of, of_all):
         count, degree = topology.num_agents, int(topology.adjacency.sum(axis=1).max())
         own = strategy(topology)
         if not options.selects("memory", own.name, topology.name, count):
@@ -360,13 +363,17 @@ def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, An
         held = where.per_block
         blocks = topology.adjacency.reshape(count // held, held, count // held, held).any((1, 3))
         rounds = exchange_rounds(blocks & ~np.eye(count // held, dtype=bool))
-        if own.name == "dimat":
+        if own.name == "mean":
+            predicted = 3 * held * model
+        elif own.name == "consensus":
+            predicted = held * (3 * model + activations) + activations
+        elif own.name == "dimat":
             reached = held * (1 + min(len(rounds), count // held - 1))
             predicted = reached * (model + activations) + held * degree * (model + moments)
         elif degree + 1 <= count / 4:
             predicted = held * (1 + len(rounds)) * model
         else:
-            predicted = count * model
+            predicted = 4 * held * model
         yield {
             "network": name,
             "strategy": own.name,
@@ -376,3 +383,26 @@ def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, An
             "predicted": f"{predicted / 1e6:.1f}",
             "found / predicted": f"{found / predicted:.2f}",
         }
+
+
+def _mean_of_all(topology: agents.Topology) -> agents.Strategy:
+    """Everyone becomes the mean of all agents, whatever the graph."""
+
+    def communicate(
+        network: agents.Network, problem: agents.Problem, state: agents.AgentState
+    ) -> agents.AgentState:
+        return state._replace(variables=network.mean(state.variables, "parameters"))
+
+    return agents.wa(topology)._replace(name="mean", communicate=communicate)
+
+
+def _consensus(topology: agents.Topology) -> agents.Strategy:
+    """Everyone becomes what an evaluation makes of all agents."""
+
+    def communicate(
+        network: agents.Network, problem: agents.Problem, state: agents.AgentState
+    ) -> agents.AgentState:
+        found = agents.consensus(network.axis, problem, state.variables)
+        return state._replace(variables=(found.plain, found.aligned))
+
+    return agents.wa(topology)._replace(name="consensus", communicate=communicate)

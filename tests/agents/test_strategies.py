@@ -331,6 +331,25 @@ def test_wa_and_the_optimizer_state(opt_state):
 # ---------------------------------------------------------------- leaves
 
 
+@pytest.mark.parametrize("backend", ["vmap", "pmap"])
+def test_what_a_broken_agent_holds_reaches_those_alone_who_weigh_it(backend):
+    topology = agents.complete(8)
+    weights = np.array(topology.mixing_matrix())
+    weights[:, 2] = 0  # nobody listens to agent 2, who holds infinity, but agent 5
+    weights[5, 2] = 0.1
+    held = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    held[2, 1] = np.inf
+
+    def mixed(axis, state, nothing):
+        return tasks.network(axis, topology, weights).mix(state)
+
+    found = tasks.over(agents.parallel(8, backend), mixed, held, {})
+    expected = weights @ np.where(np.isinf(held), 0, held)
+    assert np.isnan(found[5, 1])
+    others = np.delete(np.arange(8), [2, 5])
+    np.testing.assert_allclose(found[others], expected[others], rtol=1e-5)
+
+
 def test_mix_keeps_integers_and_none_and_computes_narrow_floats_in_float32():
     topology = agents.ring(4)
     weights = topology.weights

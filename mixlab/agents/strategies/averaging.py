@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from mixlab import merge as merging
 from mixlab import spec
 from mixlab.agents import alignment
-from mixlab.agents.network import Network, neighbour_slots
+from mixlab.agents.network import Network, kind_of, neighbour_slots
 from mixlab.agents.parallel import Axis, Fetched
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import AgentState, Problem, Strategy
@@ -276,5 +276,4 @@ def _count(
         hears = moving[:, None] & (forest.parent[:, None] == ids)
     sent, received = hears.sum(0, dtype=jnp.int32), hears.sum(1, dtype=jnp.int32)
     for name, value in variables.items():
-        kind = "parameters" if name == "params" else "statistics"
-        network.count(value, kind, sent, received)
+        network.count(value, kind_of(name), sent, received)

@@ -50,8 +50,7 @@ def consensus(
     Returns:
         A `Consensus` whose leaves have the block's leading axis, equal for every agent.
     """
-    everyone = jnp.ones(axis.gather(axis.ids).shape, bool)
-    among = everyone if among is None else among
+    among = jnp.ones(axis.gather(axis.ids).shape, bool) if among is None else among
     count = jnp.sum(among, dtype=jnp.float32)
     matching = alignment.Matching()
     symmetry = matching.symmetry(problem)
@@ -73,15 +72,16 @@ def consensus(
         shape = (-1, *(1,) * (x.ndim - 1))
         return jnp.where(among[axis.ids].reshape(shape), x, jnp.zeros((), x.dtype))
 
-    def mean(tree: PyTree) -> PyTree:
-        def leaf(x: Array) -> Array:
-            if not trees.is_inexact(x):
-                return jnp.broadcast_to(axis.pick(x, first), x.shape)
-            wide = trees.wide(x.dtype)
-            total = jnp.sum(axis.gather(counted(x)).astype(wide), axis=0)
-            return jnp.broadcast_to((total / count.astype(wide)).astype(x.dtype), x.shape)
+    def middle(x: Array) -> Array:
+        if not trees.is_inexact(x):
+            return x[first]
+        wide = trees.wide(x.dtype)
+        present = jnp.where(among[:, None], x, jnp.zeros((), x.dtype))
+        return (jnp.sum(present.astype(wide), axis=0) / count.astype(wide)).astype(x.dtype)
 
-        return jax.tree.map(leaf, tree)
+    def mean(tree: PyTree) -> PyTree:
+        one = axis.reduce(middle, tree)
+        return axis.each(lambda agent: one)(axis.ids)
 
     def mean_and_distance(variables: PyTree) -> tuple[PyTree, Array]:
         middle = mean(variables)

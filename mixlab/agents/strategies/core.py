@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mixlab import align, merge, spec, trees
-from mixlab.agents.network import Network
+from mixlab.agents.network import Network, kind_of
 from mixlab.agents.parallel import Axis, Fetched
 from mixlab.types import Array, Batch, PyTree
 
@@ -157,13 +157,8 @@ def where(chosen: Array, then: PyTree, otherwise: PyTree) -> PyTree:
 def broadcast_variables(network: Network, variables: PyTree) -> Fetched:
     """Sends parameters and statistics; see `Network.broadcast`."""
     return together(
-        {name: network.broadcast(value, _kind(name)) for name, value in variables.items()}
+        {name: network.broadcast(value, kind_of(name)) for name, value in variables.items()}
     )
-
-
-def gather_variables(network: Network, variables: PyTree) -> PyTree:
-    """As `broadcast_variables`, but of everyone; see `Network.gather`."""
-    return {name: network.gather(value, _kind(name)) for name, value in variables.items()}
 
 
 def together(arrived: Mapping[str, Fetched]) -> Fetched:
@@ -178,11 +173,7 @@ def mix_variables(
     """Mixes, or merges, parameters and statistics over every agent's neighbourhood."""
     if method is not None:
         return network.merge(variables, broadcast_variables(network, variables), method)
-    return {name: network.mix(value, _kind(name)) for name, value in variables.items()}
-
-
-def _kind(collection: str) -> str:
-    return "parameters" if collection == "params" else "statistics"
+    return {name: network.mix(value, kind_of(name)) for name, value in variables.items()}
 
 
 def at_merge(

@@ -14,12 +14,12 @@ import optax
 
 from mixlab import merge as merging
 from mixlab import spec, trees
-from mixlab.agents.network import Network
+from mixlab.agents.network import Network, kind_of
 from mixlab.agents.parallel import Axis
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
 from mixlab.agents.topology import Topology
-from mixlab.types import Array, Key, PyTree
+from mixlab.types import Array, PyTree
 
 OPT_STATE_OF_CLIENTS = ("keep", "reset")
 
@@ -295,17 +295,15 @@ def _federated(
     def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
         ids, each = network.axis.ids, network.axis.each
         own: Server = state.memory
-        everyones = network.axis.gather(own)
-        server: Server = jax.tree.map(lambda x: x[0], everyones)
+        server: Server = network.axis.pick(own, 0)
 
         # Who took part: drawn, heard by the server, and begun from its present model.
         hub = jnp.arange(network.num_agents) == 0
         heard = hub | (network.weights[0] > 0)
-        took_part = drawn(server.round) & heard & (everyones.round == server.round)
-        upwards = network.weighted(jnp.where(hub[:, None] & took_part, 1.0, 0.0))
+        at_round = network.axis.gather(own.round)
+        took_part = drawn(server.round) & heard & (at_round == server.round)
         changes = jax.tree.map(_minus, state.variables, own.variables)
-        changes = core.gather_variables(upwards, changes)
-        change = _mean(changes, took_part, method, network.key)
+        change = network.upload(changes, took_part, method=method)
 
         params = server.variables["params"]
         against = jax.tree.map(jnp.negative, change["params"])
@@ -320,7 +318,7 @@ def _federated(
             name: network.download(
                 value,
                 reached & drawn(server.round),
-                "parameters" if name == "params" else "statistics",
+                kind_of(name),
             )
             for name, value in variables.items()
         }
@@ -338,22 +336,6 @@ def _minus(a: Array, b: Array) -> Array:
 
 def _plus(a: Array, b: Array) -> Array:
     return a + b if trees.is_inexact(a) else b
-
-
-def _mean(everyone: PyTree, chosen: Array, method: merging.MergeMethod | None, key: Key) -> PyTree:
-    """The mean of those `chosen`, bool [A], of leaves [A, ...]; or merged, the others zero."""
-    shown = core.where(chosen, everyone, jax.tree.map(jnp.zeros_like, everyone))
-    if method is not None:
-        return method(shown, key=key)
-    count = jnp.maximum(jnp.sum(chosen), 1)
-
-    def leaf(x: Array) -> Array:
-        if not trees.is_inexact(x):
-            return x[0]
-        total = jnp.sum(x.astype(trees.wide(x.dtype)), axis=0)
-        return (total / count.astype(total.dtype)).astype(x.dtype)
-
-    return jax.tree.map(leaf, shown)
 
 
 def _heavy(

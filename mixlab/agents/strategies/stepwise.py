@@ -16,7 +16,7 @@ import optax
 
 from mixlab import merge as merging
 from mixlab import spec, trees
-from mixlab.agents.network import Network, neighbour_slots
+from mixlab.agents.network import Network, kind_of, neighbour_slots
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
 from mixlab.agents.topology import Topology
@@ -232,16 +232,20 @@ def swarm(
         pair = pair.at[jnp.stack([a, b]), jnp.stack([b, a])].set(
             jnp.where(reached, 0.5, 0.0).astype(pair.dtype)
         )
-        everyone = core.gather_variables(network.weighted(pair), state.variables)
-        partner = jnp.where(ids == a, b, a)
+        met_by = network.weighted(pair)
+        arrived = {
+            name: met_by.select(value, jnp.stack([a, b]), kind_of(name))
+            for name, value in state.variables.items()
+        }
+        partner, where = jnp.where(ids == a, b, a), (ids == a).astype(jnp.int32)
 
         def leaf(own: Array, arrived: Array) -> Array:
             if not trees.is_inexact(own):
                 return own
             wide = trees.wide(own.dtype)
-            return ((own.astype(wide) + arrived[partner].astype(wide)) / 2).astype(own.dtype)
+            return ((own.astype(wide) + arrived[where].astype(wide)) / 2).astype(own.dtype)
 
-        met = jax.tree.map(leaf, state.variables, everyone)
+        met = jax.tree.map(leaf, state.variables, arrived)
         average = pair[ids, partner] > 0
         return state._replace(variables=core.where(average, met, state.variables))
 
