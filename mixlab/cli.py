@@ -128,8 +128,9 @@ def _job(workdir: str) -> Iterator[None]:
     from mixlab.checkpoint import CheckpointError
 
     # The runs of a sweep, and a run that is resumed, compile much the same programs.
-    jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, ".jax_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, ".jax_cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
     # What fails is told below, once; orbax logs whole tracebacks of its threads besides.
     logging.set_verbosity(logging.FATAL)

@@ -71,10 +71,14 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
             name, bracket, options = column.partition("(")
             short = len(column) < 12 * wide or not options
             ax.set_title(column if short else f"{name}\n{bracket}{options}", fontsize=9)
-        for ax, row in zip(axes[:, 0], rows, strict=True):
+        for line, row in zip(axes, rows, strict=True):  # its first panel may be missing
+            ax = next(ax for ax in line if ax.axison)
             ax.set_ylabel("\n".join([*_wrapped(row), "test accuracy"]), fontsize=8)
-        for ax in axes[-1]:
+            ax.tick_params(labelleft=True)
+        for line in axes.T:
+            ax = [ax for ax in line if ax.axison][-1]
             ax.set_xlabel("epoch")
+            ax.tick_params(labelbottom=True)
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         handles = [
             mpl.lines.Line2D([], [], color=SKY, linewidth=0.8, label="each agent"),
@@ -128,7 +132,7 @@ def distance(
             mpl.lines.Line2D([], [], color="#555555", label="after alignment"),
             mpl.lines.Line2D([], [], color="#555555", linestyle=":", label="as they are"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, fontsize=8)
+        _legend_below(figure, handles, 2 * columns)
     return figure
 
 
@@ -196,8 +200,20 @@ def curves(
         if not all(run["MB"].any() for runs in rows.values() for run in runs.values()):
             silent: Any = {"color": "#555555", "linestyle": "-.", "linewidth": 1}
             handles.append(mpl.lines.Line2D([], [], label="sends nothing: its end", **silent))
-        figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
+        _legend_below(figure, handles, 5)
     return figure
+
+
+def _legend_below(figure: Figure, handles: list[mpl.lines.Line2D], columns: int) -> None:
+    """A legend under all panels, in at most so many columns, and no more than there is room for."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    room = int(13 * figure.get_figwidth()) // (longest + 7)  # 13 letters an inch; a line is 7
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=max(1, min(columns, room)),
+        fontsize=8,
+    )
 
 
 def _is_wide(rows: dict[str, dict[str, dict[str, np.ndarray]]], unit: str) -> bool:

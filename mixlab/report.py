@@ -40,8 +40,8 @@ COMMUNICATION = {
     **{f"{kind} {way}": "{:.2f}" for kind in KINDS for way in ("sent", "received")},
     "most sent": "{:.2f}",
     "local": "{:.1f}",
-    "match": "{:.1f}",
-    "merge": "{:.1f}",
+    "match": "{:.2f}",
+    "merge": "{:.2f}",
 }
 """What communication cost a run, and how a table shows it."""
 

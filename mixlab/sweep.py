@@ -116,7 +116,7 @@ def _start(workdir: Path, name: str) -> Worker:
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **cache},
+            env={**cache, **os.environ},
             start_new_session=True,  # Ctrl-C is for this process, which tells the others
         )
     return Worker(process, time.monotonic())

@@ -10,6 +10,12 @@ os.environ["XLA_FLAGS"] = (
 os.environ["PJRT_NPROC"] = "32"  # see mixlab.agents.parallel.host_callbacks_are_safe
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Most of the tests' time is compilation: workers, the processes that tests start and later runs
+# share what was compiled.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis
 import jax

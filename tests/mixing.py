@@ -11,10 +11,14 @@ import numpy as np
 
 from mixlab import agents, distributed
 from mixlab.agents.parallel import parallel
+from tests.agents import tasks
 
 
 def mixed() -> dict[str, np.ndarray]:
-    """[12, 5] of agents that mixed on a ring, on a complete graph, and took the mean of all."""
+    """[12, 5] of agents that mixed on a ring, on a complete graph, and took the mean of all.
+
+    And a layer [12, 7, 6] of what an evaluation makes of all, aligned and averaged.
+    """
     where = parallel(12, num_devices=4)
     state = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
 
@@ -27,11 +31,17 @@ def mixed() -> dict[str, np.ndarray]:
         weights = where.replicate(np.asarray(topology.mixing_matrix(), np.float32))
         return where.get(where.compile(program)(where.put(state), {}, weights))
 
+    def agreed(axis, variables, held, shared):
+        return agents.consensus(axis, problem, variables).aligned["params"]["Dense_1"]["kernel"]
+
+    problem = tasks.mlp_problem()
+    models = where.put(tasks.mlps(12))
     ring, complete = agents.ring(12), agents.complete(12)
     return {
         "ring": over(ring, agents.Network.mix),
         "complete": over(complete, agents.Network.mix),
         "mean": over(ring, agents.Network.mean),
+        "consensus": where.get(where.compile(agreed)(models, {}, 0)),
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mixlab import experiment, report, train
+from mixlab import cli, experiment, report, train
 from tests.run_config import get_config
 
 
@@ -301,3 +301,17 @@ def test_calibration_error_is_that_of_its_definition():
 def test_a_report_of_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no runs"):
         report.write(tmp_path)
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_programs_are_kept_with_the_runs_or_where_the_user_says(given, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if given:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", given)  # as jax does when it is imported
+        with cli._job(str(tmp_path)):
+            assert jax.config.jax_compilation_cache_dir == (given or str(tmp_path / ".jax_cache"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
