@@ -65,21 +65,23 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
                 ax.axvline(panel["rounds_from"], color="#BBBBBB", linewidth=0.8, zorder=0)
             ax.set_ylim(0, 1)
         for place, ax in zip(itertools.product(rows, columns), axes.flat, strict=True):
-            if place not in panels:
-                ax.set_axis_off()
+            if place not in panels:  # but for the row's label, nothing
+                ax.set_frame_on(False)
+                ax.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
+                ax.grid(visible=False)
         for ax, column in zip(axes[0], columns, strict=True):
             name, bracket, options = column.partition("(")
             short = len(column) < 12 * wide or not options
             ax.set_title(column if short else f"{name}\n{bracket}{options}", fontsize=9)
-        for line, row in zip(axes, rows, strict=True):  # its first panel may be missing
-            ax = next(ax for ax in line if ax.axison)
-            ax.set_ylabel("\n".join([*_wrapped(row), "test accuracy"]), fontsize=8)
-            ax.tick_params(labelleft=True)
-        for line in axes.T:
-            ax = [ax for ax in line if ax.axison][-1]
-            ax.set_xlabel("epoch")
-            ax.tick_params(labelbottom=True)
-            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for row, line in zip(rows, axes, strict=True):
+            line[0].set_ylabel("\n".join([*_wrapped(row), "test accuracy"]), fontsize=8)
+            first = next(place for place, column in enumerate(columns) if (row, column) in panels)
+            line[first].tick_params(labelleft=True)
+        for column, line in zip(columns, axes.T, strict=True):
+            last = max(place for place, row in enumerate(rows) if (row, column) in panels)
+            line[last].set_xlabel("epoch")
+            line[last].tick_params(labelbottom=True)
+            line[last].xaxis.set_major_locator(MaxNLocator(5, integer=True))
         handles = [
             mpl.lines.Line2D([], [], color=SKY, linewidth=0.8, label="each agent"),
             mpl.lines.Line2D([], [], color=BLUE, linewidth=1.8, label="mean of agents"),
