@@ -246,7 +246,7 @@ def prepare(config: ConfigDict) -> Experiment:
     # 4. Programs over the agent axis.
     sent: dict[str, list[agents.Message]] = {}  # filled when the programs are traced
 
-    def network(axis: agents.Axis, kind: str, outbox: PyTree, shared: PyTree) -> agents.Network:
+    def network(axis: agents.Axis, outbox: PyTree, shared: PyTree) -> agents.Network:
         """The network at the communication `shared["time"]`, in `shared["round"]`.
 
         Before the first round, which is round -1, nobody mixes and nobody fails.
@@ -258,13 +258,13 @@ def prepare(config: ConfigDict) -> Experiment:
             return agents.Network(axis, mixing, topology.adjacency, key, time)
         fault = faults.sample(shared["fault_key"], shared["round"])
         # What mixes in every step loses other messages in each.
-        lost = fault.lost if kind == "round" else faults.sample(key, time).lost
-        settle = (
-            agents.faults.renormalise_columns
-            if strategy.rule == "push"
-            else agents.faults.renormalise
-        )
+        lost = fault.lost if strategy.every == "round" else faults.sample(key, time).lost
+        push = strategy.rule == "push"
+        if push:  # a share that is not sent in time stays with its sender, or mass would be made
+            lost = lost | fault.late
+        settle = agents.faults.renormalise_columns if push else agents.faults.renormalise
         awake = fault.awake | alone
+        addressed = (mixing > 0) & awake & awake[:, None] & ~jnp.eye(config.agents, dtype=bool)
         return agents.Network(
             axis,
             settle(mixing, awake, lost),
@@ -272,7 +272,8 @@ def prepare(config: ConfigDict) -> Experiment:
             key,
             time,
             awake=awake if faults.any_absent else None,
-            late=fault.late & ~alone if faults.any_late else None,
+            late=fault.late & ~alone if faults.any_late and not push else None,
+            lost=lost & addressed if faults.any_lost or (push and faults.any_late) else None,
             byzantine=fault.byzantine & ~alone,
             attack=faults.attack,
             outbox=outbox or None,
@@ -314,7 +315,7 @@ def prepare(config: ConfigDict) -> Experiment:
     def step(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
         state, now = carry.state, shared["step"]
         shared = {**shared, "time": now - pretrain_steps}
-        net = network(axis, "step", carry.outbox.get("step"), shared)
+        net = network(axis, carry.outbox.get("step"), shared)
 
         def batch_of(agent: Array, held: PyTree) -> tuple[Batch, Key]:
             batch = feed.select(held, now)
@@ -333,10 +334,15 @@ def prepare(config: ConfigDict) -> Experiment:
         batch, own_key = axis.each(batch_of)(axis.ids, held)
         gradients = functools.partial(_gradients, model)
         grads, stats, metrics = axis.each(gradients)(own_key, state.variables, batch)
-        lost = (state.failed_at < 0) & ~jnp.isfinite(metrics["loss"])
-        state = state._replace(failed_at=jnp.where(lost, now, state.failed_at))
+        diverged = (state.failed_at < 0) & ~jnp.isfinite(metrics["loss"])
+        for taking_no_part in (net.byzantine, None if net.awake is None else ~net.awake):
+            if taking_no_part is not None:
+                diverged &= ~taking_no_part[axis.ids]
+        state = state._replace(failed_at=jnp.where(diverged, now, state.failed_at))
+        # Of gradients at others' variables: a key of this step that is no agent's own.
+        their_key = jax.random.fold_in(jax.random.fold_in(shared["train_key"], now), config.agents)
         found = agents.Gradients(
-            grads, stats, batch, lambda variables, batch: gradients(key, variables, batch)[0]
+            grads, stats, batch, lambda variables, batch: gradients(their_key, variables, batch)[0]
         )
         after = strategy.local_step(net, problem, state, found)
         if net.awake is not None:
@@ -346,7 +352,7 @@ def prepare(config: ConfigDict) -> Experiment:
         return settled(net, "step", carry._replace(state=state, totals=totals), after)
 
     def at_round(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Any:
-        net = network(axis, "round", carry.outbox.get("round"), shared)
+        net = network(axis, carry.outbox.get("round"), shared)
         return net, problem._replace(images=held if problem.local else shared["images"])
 
     def communicate(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
@@ -363,7 +369,9 @@ def prepare(config: ConfigDict) -> Experiment:
 
     def consensus(axis: agents.Axis, variables: PyTree, held: PyTree, shared: PyTree) -> PyTree:
         here = problem._replace(images=held if problem.local else shared["images"])
-        return agents.consensus(axis, here, variables)
+        liars = faults.sample(shared["fault_key"], 0).byzantine
+        among = ~liars | jnp.all(liars) if faults.any_byzantine else None
+        return agents.consensus(axis, here, variables, among=among)
 
     def abstract() -> Carry:
         """Shapes of what a step and a communication leave, as if all agents were one block."""
@@ -423,7 +431,8 @@ def prepare(config: ConfigDict) -> Experiment:
         return run_step(carry, held, {**known, "step": np.int32(now), "round": np.int32(number)})
 
     def in_round(number: int) -> PyTree:
-        return {**shared, "time": np.int32(number), "round": np.int32(number)}
+        time = number if strategy.every == "round" else number * round_steps  # the next step
+        return {**shared, "time": np.int32(time), "round": np.int32(number)}
 
     def traffic(carry: Carry) -> dict[str, Any]:
         counts = parallel.get(carry.messages)
@@ -469,7 +478,16 @@ def prepare(config: ConfigDict) -> Experiment:
     about = {
         "topology": str(topology),
         "weights": np.asarray(topology.weights).tolist(),
-        "faults": (faults.describe(fault_key, config.rounds, topology.adjacency) if faults else ""),
+        "faults": (
+            faults.describe(
+                fault_key,
+                config.rounds,
+                topology.adjacency,
+                by_step=strategy.every in ("step", "always"),
+            )
+            if faults
+            else ""
+        ),
         "byzantine": np.flatnonzero(faults.sample(fault_key, 0).byzantine).tolist(),
         "partition": agents.partition.counts(parts, train_set.labels, num_classes).tolist(),
         "class_names": list(train_set.class_names),

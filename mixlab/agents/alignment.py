@@ -182,7 +182,9 @@ class Forest(NamedTuple):
     level: Array
 
 
-def spanning_forest(adjacency: np.ndarray, awake: Array, settled: Array) -> Forest:
+def spanning_forest(
+    adjacency: np.ndarray, awake: Array, settled: Array, lost: Array | None = None
+) -> Forest:
     """A tree for each part of the graph, of the agents that are awake.
 
     Args:
@@ -190,6 +192,7 @@ def spanning_forest(adjacency: np.ndarray, awake: Array, settled: Array) -> Fore
         awake: bool [A].
         settled: bool [A], who is in the common order: these are the roots. In a part where
             nobody is, also of those asleep, it is the first agent awake.
+        lost: bool [A, A], what agent i should hear of agent j and does not; nothing by default.
     """
     joined = adjacency | adjacency.T
     _, part = scipy.sparse.csgraph.connected_components(joined, directed=False)
@@ -199,6 +202,8 @@ def spanning_forest(adjacency: np.ndarray, awake: Array, settled: Array) -> Fore
     first = jnp.argmax(together & awake, axis=1) == ids
     roots = awake & jnp.where(started, settled, first)
     edges = joined & awake & awake[:, None]
+    if lost is not None:
+        edges &= ~lost
 
     def grow(forest: tuple[Array, Forest]) -> tuple[Array, Forest]:
         depth, (parent, level) = forest

@@ -170,7 +170,7 @@ def mimic(target: int = 0) -> Attack:
     """All send what one honest agent sends, which over-represents it.
 
     Args:
-        target: which of the honest agents, counted from 0.
+        target: which of the honest agents, counted from 0; the last if there are not so many.
 
     Raises:
         ValueError: a negative target.
@@ -180,7 +180,12 @@ def mimic(target: int = 0) -> Attack:
     """
     if target < 0:
         raise ValueError(f"target counts the honest agents from 0, got {target}")
-    return Attack("mimic", lambda key, x, byzantine: x[jnp.argsort(byzantine, stable=True)[target]])
+
+    def leaf(key: Key, x: Array, byzantine: Array) -> Array:
+        last = jnp.maximum(jnp.sum(~byzantine) - 1, 0)
+        return x[jnp.argsort(byzantine, stable=True)[jnp.minimum(target, last)]]
+
+    return Attack("mimic", leaf)
 
 
 def infinite() -> Attack:

@@ -115,7 +115,9 @@ class Faults:
         between_two = ~jnp.eye(self.num_agents, dtype=bool)
         return found._replace(late=found.late & found.awake, lost=found.lost & between_two)
 
-    def describe(self, key: Key, rounds: int, edges: ArrayLike | None = None) -> str:
+    def describe(
+        self, key: Key, rounds: int, edges: ArrayLike | None = None, *, by_step: bool = False
+    ) -> str:
         """Says what went wrong in rounds 0 to `rounds - 1`, for people.
 
         Args:
@@ -123,12 +125,14 @@ class Faults:
             rounds: how many.
             edges: bool [A, A], whether agent i receives from agent j: the messages that could be
                 lost. Default: between all pairs.
+            by_step: whether agents communicate in every step of the rounds, and messages are lost
+                anew in each. These are too many to be drawn again: they are not counted.
 
         Returns:
             a line on the whole, and one for every stretch of rounds with the same agents absent
             or late.
         """
-        return _account(self, key, rounds, edges)
+        return _account(self, key, rounds, edges, by_step)
 
 
 def none(num_agents: int) -> Faults:
@@ -379,7 +383,7 @@ def _check_span(start: int, stop: int | None, what: str, first: str, last: str) 
         raise ValueError(f"{what} needs {last} after {first}, got {first}={start}, {last}={stop}")
 
 
-def _account(plan: Faults, key: Key, rounds: int, edges: ArrayLike | None) -> str:
+def _account(plan: Faults, key: Key, rounds: int, edges: ArrayLike | None, by_step: bool) -> str:
     if not plan or rounds < 1:
         return f"{rounds} rounds without faults"
     num_agents = plan.num_agents
@@ -406,7 +410,9 @@ def _account(plan: Faults, key: Key, rounds: int, edges: ArrayLike | None) -> st
         whole.append(f"absent {absent.sum()} of {turns} times")
     if plan.any_late:
         whole.append(f"late {late.sum()} of {turns} times")
-    if plan.any_lost:
+    if plan.any_lost and by_step:
+        whole.append("messages lost anew in every step")
+    elif plan.any_lost:
         whole.append(f"{(sent - arrived).sum()} of {sent.sum()} messages lost")
     lines = [f"faults in {rounds} rounds of {num_agents} agents: " + "; ".join(whole)]
     stretches = _stretches(np.concatenate([absent, late], axis=1))

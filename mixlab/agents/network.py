@@ -18,7 +18,7 @@ import numpy as np
 from mixlab import trees
 from mixlab.agents.parallel import Axis, Fetched
 from mixlab.merge import MergeMethod, average
-from mixlab.types import Array, Key, PyTree
+from mixlab.types import Array, ArrayLike, Key, PyTree
 
 # Neighbours are gathered one by one where they are at most this fraction of all agents.
 _SPARSE = 1 / 4
@@ -50,6 +50,8 @@ class Network:
         awake: bool [A], who takes part; None where all do.
         late: bool [A], who is late: the others see what it last sent on time. None where nobody
             can be.
+        lost: bool [A, A], whether what agent i should receive of agent j was sent and is lost;
+            its weight is zero. None where nothing can be.
         byzantine: bool [A], whose messages `attack` replaces.
         attack: `attack(key, messages, byzantine) -> messages`, leaves [A, ...]; None where all are
             honest.
@@ -64,6 +66,7 @@ class Network:
     time: Array
     awake: Array | None = None
     late: Array | None = None
+    lost: Array | None = None
     byzantine: Array | None = None
     attack: Callable[[Key, PyTree, Array], PyTree] | None = None
     outbox: tuple[PyTree, ...] | None = None
@@ -85,10 +88,18 @@ class Network:
         counts = jnp.stack(self._counts, axis=1) if self._counts else none
         return counts, tuple(self._sent)
 
-    def weighted(self, weights: Array) -> "Network":
-        """The same network with other weights [A, A]; what it sends is counted here too."""
+    def weighted(self, weights: Array, sent: Array) -> "Network":
+        """The same network with other weights; what it sends is counted here too.
+
+        Args:
+            weights: [A, A].
+            sent: bool, [A, A] or less, which of the messages are sent at all: of these some
+                may be lost.
+        """
         other = copy.copy(self)
         other.weights = weights
+        if self.lost is not None:
+            other.lost = self.lost & sent
         return other
 
     def download(self, tree: PyTree, receivers: Array, kind: str = "parameters") -> PyTree:
@@ -96,14 +107,17 @@ class Network:
 
         Args:
             tree: as agent 0 holds it, without the agent axis; known to all blocks.
-            receivers: bool [A], to whom it is counted as sent.
+            receivers: bool [A], to whom it is sent.
             kind: see `Message`.
 
         Returns:
             Leaves [k, ...], every agent's the same.
         """
-        into = receivers.at[0].set(False).astype(jnp.int32)
-        out = jnp.zeros_like(into).at[0].set(into.sum())
+        receivers = receivers.at[0].set(False)
+        into = receivers & (self.weights[:, 0] > 0)
+        out = into if self.lost is None else into | (receivers & self.lost[:, 0])
+        into = into.astype(jnp.int32)
+        out = jnp.zeros_like(into).at[0].set(jnp.sum(out))
         same = self.axis.each(lambda agent: tree)(self.axis.ids)
         self._count(kind, _size(same), out, into)
         return same
@@ -206,7 +220,9 @@ class Network:
             for s, other in enumerate(others, 1):
                 j = jnp.asarray(slots)[ids, s]
                 weight = jnp.where(jnp.asarray(valid)[ids, s], rows[jnp.arange(len(ids)), j], 0)
-                total += _along(weight.astype(total.dtype), x) * other.astype(total.dtype)
+                part = _along(weight.astype(total.dtype), x) * other.astype(total.dtype)
+                # Zero times infinity is NaN; see `_weighted`.
+                total += jnp.where(_along(weight > 0, x), part, 0)
             return total.astype(x.dtype)
 
         if sparse:
@@ -312,16 +328,19 @@ class Network:
         kind: str = "gradients",
         *,
         method: MergeMethod | None = None,
+        among: Array | None = None,
     ) -> PyTree:
         """The mean over all agents that are awake, whatever the graph; the same for everyone.
 
         Bytes are those of a ring all-reduce, 2 (A - 1) / A times the tree (Patarasuk and Yuan,
-        2009); a `method` needs all the messages, so each agent sends its own to all others.
+        2009); a `method` needs all the messages, so each agent sends its own to all others. What
+        is lost of either is sent again, uncounted: nobody can go on without.
 
         Args:
             tree: leaves [k, ...] of the block.
             kind: see `Message`.
-            method: merge by this instead of the mean; an absent agent counts as zeros.
+            method: merge by this instead of the mean; who does not count is as zeros.
+            among: bool [A], who counts, of those that are awake; all by default.
 
         Returns:
             Leaves [k, ...], every agent's the same.
@@ -332,8 +351,9 @@ class Network:
         if method is None:
             self._count(kind, 2 * (count - 1) / count * size, each, each)
         else:
-            self._count(kind, (count - 1) * size, each, each)
-        merged = self._merge_all(tree, awake, method)
+            others = each * (jnp.sum(each) - 1)
+            self._count(kind, size, others, others)
+        merged = self._merge_all(tree, awake if among is None else awake & among, method)
         return self.axis.each(lambda agent: merged)(self.axis.ids)
 
     def upload(
@@ -344,16 +364,19 @@ class Network:
         Args:
             variables: leaves [k, ...] of the block, by collection.
             senders: bool [A], who sends; the server, which is one of the agents, may be of them.
+                What does not arrive does not count.
             method: as for `mean`.
 
         Returns:
             Leaves without the agent axis.
         """
-        out = senders.at[0].set(False).astype(jnp.int32)
-        into = jnp.zeros_like(out).at[0].set(out.sum())
+        heard = senders & (self.weights[0] > 0).at[0].set(True)
+        out = heard if self.lost is None else heard | (senders & self.lost[0])
+        out = out.at[0].set(False).astype(jnp.int32)
+        into = jnp.zeros_like(out).at[0].set(jnp.sum(heard.at[0].set(False)))
         for name, value in variables.items():
             self._count(kind_of(name), _size(value), out, into)
-        return self._merge_all(variables, senders, method)
+        return self._merge_all(variables, heard, method)
 
     def _merge_all(self, tree: PyTree, chosen: Array, method: MergeMethod | None) -> PyTree:
         """The mean of what arrives of those `chosen`, bool [A]; or merged, the others as zeros."""
@@ -381,7 +404,8 @@ class Network:
 
     def _count_broadcast(self, tree: PyTree, kind: str, num_bytes: float | None) -> None:
         heard = (self.weights > 0) & ~jnp.eye(self.num_agents, dtype=bool)
-        out, into = heard.sum(0, dtype=jnp.int32), heard.sum(1, dtype=jnp.int32)
+        sent = heard if self.lost is None else heard | self.lost
+        out, into = sent.sum(0, dtype=jnp.int32), heard.sum(1, dtype=jnp.int32)
         self._count(kind, _size(tree) if num_bytes is None else num_bytes, out, into)
 
     def _as_sent(self, tree: PyTree) -> PyTree:
@@ -401,11 +425,11 @@ class Network:
         return tree
 
 
-def mix(matrix: Array | np.ndarray, stacked: PyTree) -> PyTree:
+def mix(matrix: ArrayLike, stacked: PyTree) -> PyTree:
     """Gives agent i the sum over j of `matrix[i, j]` times the leaves of agent j.
 
     Args:
-        matrix: [A, A], e.g. `ring(8).mixing_matrix()`; a `Topology` will not do.
+        matrix: [A, A], e.g. `ring(8).mixing_matrix()`.
         stacked: leaves [A, ...]. Narrow floats are summed in float32; integer, bool and None
             leaves stay as they are.
 
@@ -416,10 +440,12 @@ def mix(matrix: Array | np.ndarray, stacked: PyTree) -> PyTree:
         ValueError: the matrix is not [A, A] for the leaves' A.
     """
     size = trees.leading_size(stacked)
-    if matrix.shape != (size, size):
+    shape = np.shape(matrix)
+    if shape != (size, size):
+        given = shape if shape else f"a {type(matrix).__name__}"
         raise ValueError(
-            f"the matrix must be [A, A] with A = {size}, the leading axis of the leaves, got "
-            f"{matrix.shape}"
+            f"the matrix must be [A, A] with A = {size}, the leading axis of the leaves, such as "
+            f"topology.mixing_matrix(); got {given}"
         )
 
     def leaf(x: Array) -> Array:

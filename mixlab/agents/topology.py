@@ -385,10 +385,18 @@ def from_edges(
         name: for tables and figures.
 
     Raises:
-        ValueError: an edge names no agent or joins one to itself, or the graph is not connected.
+        ValueError: the edges are not pairs of whole numbers, one names no agent or joins one to
+            itself, or the graph is not connected.
     """
     _check_count(n)
-    pairs = np.array(edges, int).reshape(-1, 2)
+    pairs = np.asarray(edges)
+    if pairs.size == 0:
+        pairs = np.zeros((0, 2), int)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(
+            f"{name}: edges must be pairs [E, 2] of agents' numbers, got {pairs.dtype} "
+            f"{list(pairs.shape)}; weighted edges go to from_matrix"
+        )
     wrong = pairs[((pairs < 0) | (pairs >= n)).any(axis=1) | (pairs[:, 0] == pairs[:, 1])]
     if wrong.size:
         i, j = wrong[0]
@@ -857,6 +865,8 @@ def parse(text: str, num_agents: int) -> Topology:
         name: functools.partial(fn, num_agents) for name, fn in _VOCABULARY.items()
     }
     topology = spec.parse(text, {**vocabulary, "from_matrix": from_matrix, "sequence": sequence})
+    if not isinstance(topology, Topology):
+        raise ValueError(f"{text!r} names several topologies; to alternate, sequence([...])")
     if topology.num_agents != num_agents:
         raise ValueError(f"{text!r} is for {topology.num_agents} agents, there are {num_agents}")
     return topology

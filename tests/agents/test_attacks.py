@@ -39,6 +39,7 @@ EXPECTED = {
     "infinite": np.inf,
     "ipm(tau=3.0)": -3 * HONEST.mean(axis=0),
     "mimic(target=1)": ROWS[2],
+    "mimic(target=99)": HONEST[-1],
     "random(scale=1.0)": None,
     "reversed": -10 * ROWS[BYZANTINE],
     "scaled(factor=4.0)": 4 * ROWS[BYZANTINE],

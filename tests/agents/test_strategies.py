@@ -297,7 +297,7 @@ def test_data_parallel_starts_from_agent_0_optimizer_state_included():
     problem = agents.Problem(optimizer)
     found = tasks.over(3, lambda axis, state: strategy.init(axis, problem, state), state)
     for i in range(3):
-        tasks.assert_trees(tasks.agent(found, i), tasks.agent(state, 0), 0, 0)
+        tasks.assert_trees(tasks.agent(found[:2], i), tasks.agent(state[:2], 0), 0, 0)
 
 
 @pytest.mark.parametrize("opt_state", ["keep", "reset", "permute"])
@@ -332,21 +332,23 @@ def test_wa_and_the_optimizer_state(opt_state):
 
 
 @pytest.mark.parametrize("backend", ["vmap", "pmap"])
-def test_what_a_broken_agent_holds_reaches_those_alone_who_weigh_it(backend):
-    topology = agents.complete(8)
+@pytest.mark.parametrize("topology", [agents.complete(8), agents.ring(16)], ids=str)
+def test_what_a_broken_agent_holds_reaches_those_alone_who_weigh_it(backend, topology):
+    """The sums of a dense graph and of a sparse one."""
+    count = topology.num_agents
     weights = np.array(topology.mixing_matrix())
-    weights[:, 2] = 0  # nobody listens to agent 2, who holds infinity, but agent 5
-    weights[5, 2] = 0.1
-    held = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    weights[:, 2] = 0  # nobody listens to agent 2, who holds infinity, but agent 3
+    weights[3, 2] = 0.1
+    held = np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)
     held[2, 1] = np.inf
 
     def mixed(axis, state, nothing):
         return tasks.network(axis, topology, weights).mix(state)
 
-    found = tasks.over(agents.parallel(8, backend), mixed, held, {})
+    found = tasks.over(agents.parallel(count, backend), mixed, held, {})
     expected = weights @ np.where(np.isinf(held), 0, held)
-    assert np.isnan(found[5, 1])
-    others = np.delete(np.arange(8), [2, 5])
+    assert not np.isfinite(found[3, 1])
+    others = np.delete(np.arange(count), [2, 3])
     np.testing.assert_allclose(found[others], expected[others], rtol=1e-5)
 
 
@@ -508,9 +510,21 @@ def test_what_cannot_be_built_is_refused():
     directed = agents.ring(4, directed=True)
     with pytest.raises(ValueError, match=r"cga needs neighbours that answer.*undirected"):
         agents.cga(directed)
+    with pytest.raises(ValueError, match=r"choco needs the same neighbours .* over 3 rounds"):
+        agents.choco(agents.one_peer_exponential(8))
     with pytest.raises(ValueError, match=r"swarm needs edges that go both ways"):
         agents.swarm(directed)
     with pytest.raises(ValueError, match=r"projection='gem'.*dimat"):
         agents.cga(topology, projection="gem")
     strategy = agents.dpsgd(topology)
     assert agents.parse(strategy, topology) is strategy
+
+
+def test_mix_says_what_it_takes():
+    held = np.zeros((3, 2), np.float32)
+    nested = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    np.testing.assert_array_equal(agents.mix(nested, held), held)
+    with pytest.raises(ValueError, match=r"topology.mixing_matrix\(\); got a Topology"):
+        agents.mix(agents.ring(3), held)
+    with pytest.raises(ValueError, match=r"A = 3, .* got \(2, 2\)"):
+        agents.mix(np.eye(2), held)

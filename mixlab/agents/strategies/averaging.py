@@ -91,7 +91,7 @@ def gossip(
         everyone = jnp.ones(network.num_agents, bool)
         awake = everyone if network.awake is None else network.awake
         settled = ~everyone if align == "every" else network.axis.gather(state.memory)
-        forest = alignment.spanning_forest(network.adjacency, awake, settled)
+        forest = alignment.spanning_forest(network.adjacency, awake, settled, network.lost)
         return forest, settled | (forest.level >= 0)
 
     def find(
@@ -165,7 +165,7 @@ def dimat(
         batch: the number of images in one forward pass of matching, to spare memory; all at once
             by default.
         merge: any method of `mixlab.merge` in the place of the weighted mean, such as
-            `"trimmed_mean(f=1)"`; it merges the aligned neighbourhood, see `Network.merge`.
+            `"trimmed_mean(1)"`; it merges the aligned neighbourhood, see `Network.merge`.
         opt_state: what becomes of the optimizer's state at a merge: "reset" (DIMAT), "keep" one's
             own, or "permute": the neighbours' moments are sent, permuted and merged with their
             weights.

@@ -25,20 +25,28 @@ def choco(
     `x_i <- x_i + gamma sum_j W_ij (copy_j - copy_i)`. What a compressor leaves out stays in the
     difference and is sent later. The copies begin at zero. A message that does not arrive in
     time is taken to arrive before the next, as the method needs; until then the receiver gives
-    the sender's weight to itself. The statistics of BatchNorm, which are small, are mixed
-    uncompressed.
+    the sender's weight to itself. Where that is not mutual, of agents that are late or messages
+    lost one way, the mean of the agents moves a little. The statistics of BatchNorm, which are
+    small, are mixed uncompressed.
 
     Args:
-        topology: with doubly stochastic weights.
+        topology: with doubly stochastic weights that do not vary with time: a copy of an agent is
+            kept up to date by those alone who hear each of its messages.
         compressor: what is sent of a difference, see `mixlab.agents.compression`.
         gamma: in (0, 1], the step of the gossip; the coarser the compressor, the smaller.
 
     Raises:
-        ValueError: the weights are not doubly stochastic, or gamma is out of range.
+        ValueError: the weights are not doubly stochastic or vary with time, or gamma is out of
+            range.
 
     Source: Koloskova, Stich and Jaggi, ICML 2019, algorithm 2.
     """
     topology.require_doubly_stochastic("choco")
+    if topology.period > 1:
+        raise ValueError(
+            f"choco needs the same neighbours in every step, and those of {topology.name} vary "
+            f"over {topology.period} rounds; use a fixed graph, or dpsgd"
+        )
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     small = compression.parse(compressor)

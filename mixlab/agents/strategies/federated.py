@@ -56,7 +56,7 @@ def fedavg(
         topology: agent 0 is joined to all others, both ways, as in a star.
         fraction: in (0, 1], how many of the clients take part in a round, drawn anew for each;
             rounded, one at least. The others neither train nor send.
-        merge: a robust rule in the place of the mean: `"median"`, `"krum(f=1)"`, ... A client
+        merge: a robust rule in the place of the mean: `"median"`, `"krum(1)"`, ... A client
             that takes no part counts as one that changed nothing.
         opt_state: the client's, at the end of a round: "reset" it, or "keep" it.
         seed: of the draw of clients.
@@ -298,12 +298,10 @@ def _federated(
         server: Server = network.axis.pick(own, 0)
 
         # Who took part: drawn, heard by the server, and begun from its present model.
-        hub = jnp.arange(network.num_agents) == 0
-        heard = hub | (network.weights[0] > 0)
         at_round = network.axis.gather(own.round)
-        took_part = drawn(server.round) & heard & (at_round == server.round)
+        takes_part = drawn(server.round) & (at_round == server.round)
         changes = jax.tree.map(_minus, state.variables, own.variables)
-        change = network.upload(changes, took_part, method=method)
+        change = network.upload(changes, takes_part, method=method)
 
         params = server.variables["params"]
         against = jax.tree.map(jnp.negative, change["params"])
@@ -313,11 +311,11 @@ def _federated(
         server = Server(variables, inner, server.round + 1)
 
         # Who takes part in the next round loads the model; the others only show it.
-        reached = hub | (network.weights[:, 0] > 0)
+        reached = (network.weights[:, 0] > 0).at[0].set(True)
         variables = {
             name: network.download(
                 value,
-                reached & drawn(server.round),
+                drawn(server.round),
                 kind_of(name),
             )
             for name, value in variables.items()

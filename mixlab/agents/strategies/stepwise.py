@@ -42,7 +42,7 @@ def dpsgd(
     Args:
         topology: who receives from whom, and the weights.
         order: "combine_then_adapt" (D-PSGD, CDSGD) or "adapt_then_combine" (diffusion).
-        merge: a robust rule in the place of the weighted sum: `"median"`, `"krum(f=1)"`, ...
+        merge: a robust rule in the place of the weighted sum: `"median"`, `"krum(1)"`, ...
 
     Raises:
         ValueError: an unknown order.
@@ -154,15 +154,19 @@ def ldsgd(
     plain = cdmsgd(topology, momentum=momentum)
 
     def sometimes(network: Network) -> Network:
-        alone = jnp.eye(network.num_agents, dtype=network.weights.dtype)
-        return network.weighted(jnp.where(_mixing(network, local, mixing), network.weights, alone))
+        alone, mixes = jnp.eye(network.num_agents), _mixing(network, local, mixing)
+        weights = jnp.where(mixes, network.weights, alone.astype(network.weights.dtype))
+        return network.weighted(weights, mixes)
 
     def local_step(
         network: Network, problem: Problem, state: AgentState, gradients: Gradients
     ) -> AgentState:
         return plain.local_step(sometimes(network), problem, state, gradients)
 
-    return plain._replace(name="ldsgd", local_step=local_step)
+    def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
+        return plain.communicate(sometimes(network), problem, state)
+
+    return plain._replace(name="ldsgd", local_step=local_step, communicate=communicate)
 
 
 def swarm(
@@ -179,7 +183,8 @@ def swarm(
     agent that does not hear from its partner keeps its own model.
 
     Args:
-        topology: the edges, of which one is drawn evenly in each step.
+        topology: the edges, of which one is drawn evenly in each step; where they vary with time,
+            one of those there are.
         local: steps at the begin of a cycle in which the two only train.
         mixing: the steps after them, in which they average too.
         momentum: heavy ball, kept to oneself, before the configured optimizer.
@@ -194,45 +199,53 @@ def swarm(
     _check_cycle(local, mixing)
     _check_momentum(momentum)
     if pairs is None:
-        edges = np.argwhere(np.triu(topology.adjacency & topology.adjacency.T))
-        if not len(edges):
+        both_ways = (topology.rounds > 0) & (topology.rounds > 0).swapaxes(1, 2)
+        by_round = [np.argwhere(np.triu(joined, 1)) for joined in both_ways]
+        if not any(map(len, by_round)):
             raise ValueError(f"swarm needs edges that go both ways, {topology.name} has none")
     else:
-        edges = np.asarray(pairs, np.int32)
+        given = np.asarray(pairs, np.int32)
         if (
-            edges.ndim != 2
-            or edges.shape[1] != 2
-            or not len(edges)
-            or edges.min() < 0
-            or edges.max() >= topology.num_agents
-            or (edges[:, 0] == edges[:, 1]).any()
+            given.ndim != 2
+            or given.shape[1] != 2
+            or not len(given)
+            or given.min() < 0
+            or given.max() >= topology.num_agents
+            or (given[:, 0] == given[:, 1]).any()
         ):
             raise ValueError(
                 f"pairs must be [T, 2], each two different agents of the "
                 f"{topology.num_agents}, got {pairs}"
             )
+        by_round = [pair[None] for pair in given]
+    counts = np.array([len(edges) for edges in by_round], np.int32)
+    edges = np.zeros((len(by_round), counts.max(), 2), np.int32)
+    for padded, found in zip(edges, by_round, strict=True):
+        padded[: len(found)] = found
 
     def local_step(
         network: Network, problem: Problem, state: AgentState, gradients: Gradients
     ) -> AgentState:
-        draw = jax.random.randint(jax.random.fold_in(network.key, 0), (), 0, len(edges))
-        a, b = jnp.asarray(edges, jnp.int32)[draw if pairs is None else network.time % len(edges)]
+        now = network.time % len(edges)
+        key = jax.random.fold_in(network.key, 0)
+        draw = jax.random.randint(key, (), 0, jnp.asarray(counts)[now])
+        a, b = jnp.asarray(edges)[now, draw]
         ids = network.axis.ids
-        # Before the first communication all train by themselves.
-        moves = (ids == a) | (ids == b) | (network.time < 0)
+        # Before the first communication all train by themselves; a round may have no edges.
+        meets = jnp.asarray(counts)[now] > 0
+        moves = (meets & ((ids == a) | (ids == b))) | (network.time < 0)
         trained = core.local_step(network, problem, state, gradients)
         state = core.where(moves, trained, state)
 
         # Replayed pairs need not be edges of the graph, whose weights say nothing of them.
         outside = ~(jnp.asarray(network.adjacency)[[a, b], [b, a]])
-        reached = _mixing(network, local, mixing) & (
-            (network.weights[jnp.stack([a, b]), jnp.stack([b, a])] > 0) | outside
-        )
+        there = jnp.stack([a, b]), jnp.stack([b, a])
+        mixes = meets & _mixing(network, local, mixing)
+        reached = mixes & ((network.weights[there] > 0) | outside)
         pair = jnp.zeros_like(network.weights)
-        pair = pair.at[jnp.stack([a, b]), jnp.stack([b, a])].set(
-            jnp.where(reached, 0.5, 0.0).astype(pair.dtype)
-        )
-        met_by = network.weighted(pair)
+        pair = pair.at[there].set(jnp.where(reached, 0.5, 0.0).astype(pair.dtype))
+        meeting = jnp.zeros(pair.shape, bool).at[there].set(mixes)
+        met_by = network.weighted(pair, meeting)
         arrived = {
             name: met_by.select(value, jnp.stack([a, b]), kind_of(name))
             for name, value in state.variables.items()
@@ -310,11 +323,14 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
         ids = network.axis.ids
         sent = network.axis.each(answers)(arrived.rows[:, 1:], state.variables, gradients.batch)
         one = trees.num_bytes(gradients.grads) / len(ids)
-        crossed = network.broadcast(sent, "gradients", num_bytes=one)
+        # Who was not asked does not answer.
+        asked = network.weights.T > 0
+        answering = network.weighted(jnp.where(asked, network.weights, 0), asked)
+        crossed = answering.broadcast(sent, "gradients", num_bytes=one)
 
         def direction(agent: Array, answered: Array, own: PyTree) -> PyTree:
             js = jnp.asarray(others)[agent]
-            row = jnp.where(jnp.asarray(real)[agent], network.weights[agent][js], 0.0)
+            row = jnp.where(jnp.asarray(real)[agent], answering.weights[agent][js], 0.0)
             mine_there = jnp.asarray(mine)[agent]
             got = jax.tree.map(lambda x: x[answered, mine_there], crossed.pool)
             return _cross(own, got, network.weights[agent, agent], row, projection)
@@ -338,10 +354,9 @@ def _cross(own: PyTree, got: PyTree, weight: Array, row: Array, projection: str)
     leaves, treedef = jax.tree.flatten(own)
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     q = [weight * leaf.ravel().astype(jnp.float32) for leaf in leaves]
-    rows = [
-        row[:, None] * leaf.reshape(len(row), -1).astype(jnp.float32)
-        for leaf in jax.tree.leaves(got)
-    ]
+    matrices = (leaf.reshape(len(row), -1).astype(jnp.float32) for leaf in jax.tree.leaves(got))
+    scale = row[:, None]
+    rows = [jnp.where(scale > 0, scale * m, 0) for m in matrices]  # zero times infinity is NaN
     gram = jnp.stack([dot(m, m.T) for m in rows])
     target = jnp.stack([dot(m, x) for m, x in zip(rows, q, strict=True)])
     # With v = -u, the cone's program is the other one with the bound zero.

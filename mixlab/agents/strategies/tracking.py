@@ -19,7 +19,8 @@ def sgp(topology: Topology) -> Strategy:
     that sum to one, and of a weight likewise, `w_i <- sum_j P_ij w_j`, from 1 on. The model is
     `z = x / w`, at which gradients are taken: a biased P changes w as it does x. The
     statistics of BatchNorm are shared with the same weight. With a doubly stochastic P all w stay
-    one, and what is left is `dpsgd(order="adapt_then_combine")`.
+    one, and what is left is `dpsgd(order="adapt_then_combine")`. A share that is lost, or not sent
+    in time, stays with its sender, so that the sum of all w does not change.
 
     Args:
         topology: the graph; the weights are made by the rule "push".
@@ -67,7 +68,7 @@ def gradient_tracking(topology: Topology) -> Strategy:
     `x_i <- sum_j W_ij x_j + update(y_i)`. The mean of all y is that of all gradients, so the
     fixed point is an optimum of the common loss even where the agents' own optima lie apart,
     as those of `dpsgd` are not. That mean is kept as long as the mixing keeps means: messages
-    that are lost one way let it drift.
+    that are lost one way, and agents that are late, let it drift.
 
     Args:
         topology: with doubly stochastic weights.
