@@ -239,10 +239,16 @@ def read_agents(path: str | Path, like: PyTree, num_agents: int) -> tuple[PyTree
         wanted = resize(found, num_agents)
     told = f"{before} agents of {path}"
     if num_agents > before:
-        told += f"; agents {before} to {num_agents - 1} are clones of them in turn"
+        told += f"; {_range(before, num_agents, 'is a clone', 'are clones')} of them in turn"
     elif num_agents < before:
-        told += f"; agents {num_agents} to {before - 1} are dropped"
+        told += f"; {_range(num_agents, before, 'is dropped', 'are dropped')}"
     return distributed.share_arrays(wanted), f"starts from the {told}"
+
+
+def _range(start: int, stop: int, one: str, several: str) -> str:
+    if stop - start == 1:
+        return f"agent {start} {one}"
+    return f"agents {start} to {stop - 1} {several}"
 
 
 def _read_agents(path: str | Path, like: PyTree, num_agents: int) -> PyTree:

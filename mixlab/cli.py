@@ -1,10 +1,12 @@
 """The command `mixlab`; `USAGE` lists what it does."""
 
 import argparse
+import ast
 import contextlib
 import fnmatch
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -46,9 +48,12 @@ usage: mixlab COMMAND ...
       Draws all augmentations on one sheet, or those that are given in detail.
       For example: mixlab gallery "cutmix(alpha=1.0)" "randaugment | mixup" --data folder:photos
       The other options: mixlab gallery --help
-  mixlab bench align|augment|merge [--quick] [--filter PATTERN] [--out FILE] [--json FILE]
+  mixlab bench agents|align|augment|merge [--quick] [--filter PATTERN] [--out FILE] [--json FILE]
       Measures mixlab beside other libraries: those of the extra [bench] that are installed.
 """
+
+_SWEEP = re.compile(r"--?config\.sweep\.(?P<field>\w+)=(?P<values>.*)", re.DOTALL)
+_FIELD = re.compile(r"--?config\.(?P<field>\w+)(=|$)")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; made if missing.")
@@ -77,11 +82,10 @@ def main() -> None:
 
 def _train(arguments: Sequence[str]) -> None:
     config, workdir = _parse("train", arguments)
-    agents.force_cpu_devices(config.agents)  # before JAX starts
-
     from mixlab import report, train
 
     with _job(workdir):
+        agents.force_cpu_devices(config.agents)  # before JAX starts
         distributed.initialize()
         path = train.train(config, workdir)
     if distributed.is_first():
@@ -154,12 +158,18 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         sys.exit(0)
+    sweeps = [_SWEEP.fullmatch(argument) for argument in arguments]
+    swept = {m["field"]: m["values"] for m in sweeps if m}
+    arguments = [a for a, m in zip(arguments, sweeps, strict=True) if not m]
+    given = {m["field"] for m in map(_FIELD.match, arguments) if m}
     try:
         rest = flags.FLAGS([f"mixlab {command}", *arguments])[1:]
         if rest:
             _fail(f"unexpected arguments {rest}; the options are --config, --workdir", 2)
         config, workdir = _CONFIG.value, _WORKDIR.value
         if config is not None:
+            with config.unlocked():
+                _set_sweep(config, swept, given)
             config.lock()  # a file that could not be read says so at the first use
     except (AttributeError, KeyError) as error:
         if "Did you mean" not in str(error) and "not in" not in str(error):
@@ -177,7 +187,28 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     return config, os.path.abspath(workdir)
 
 
+def _set_sweep(config: ConfigDict, swept: dict[str, str], given: set[str]) -> None:
+    """Takes over `--config.sweep.FIELD=(...)`, and `--config.FIELD=` of fields that are swept."""
+    known = [field for field in config if not field.startswith("sweep")]
+    for field, text in swept.items():
+        if field not in known:
+            raise ValueError(f"sweep.{field}: no such field; {spec.nearest(field, known)}")
+        try:
+            values = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values = None
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"sweep.{field} takes values such as \"('a', 'b')\", got {text}")
+        config.sweep[field] = tuple(values)
+    for field in given - {*swept}:
+        if field in config.sweep:
+            config.sweep[field] = (config[field],)
+
+
 def _report(arguments: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        sys.exit(0)
     if len(arguments) != 1:
         _fail(f"usage: mixlab report DIR, got {list(arguments)}", 2)
     from mixlab import report

@@ -172,6 +172,52 @@ class Experiment(NamedTuple):
     sheet: dict[str, np.ndarray]
 
 
+NAMED = (
+    "topology",
+    "strategy",
+    "faults",
+    "partition",
+    "model",
+    "optimizer",
+    "augment",
+    "preprocess",
+)
+"""Fields whose text is built into something, see `check`."""
+
+
+def check(config: ConfigDict) -> None:
+    """Builds what the fields of `NAMED` describe, which costs little, and forgets it.
+
+    Raises:
+        ValueError: a field names something unknown, or has a value that cannot be used.
+        TypeError: a field gives an argument that what it names does not take.
+    """
+    for field, least in _LEAST.items():
+        if config[field] is not None and config[field] < least:
+            raise ValueError(f"{field} must be at least {least}, got {config[field]}")
+    agents.parse(config.strategy, agents.topology.parse(config.topology, config.agents))
+    agents.faults.parse(config.faults, config.agents)
+    agents.partition.parse(config.partition)
+    models.parse(config.model, 2)
+    spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain)
+    augment.parse(config.augment)
+    augment.parse(config.preprocess)
+
+
+_LEAST = {
+    "agents": 1,
+    "batch_size": 1,
+    "checkpoint_every_steps": 1,
+    "devices": 1,
+    "eval_batch_size": 1,
+    "keep_checkpoints": 2,  # see mixlab.checkpoint.Checkpoints
+    "matching_examples": 1,
+    "memory_bytes": 0,
+    "seed": 0,
+}
+"""Below which numbers fields make no sense; None is not asked for."""
+
+
 def prepare(config: ConfigDict) -> Experiment:
     """Loads the data, places the agents and compiles what they do.
 
@@ -189,6 +235,7 @@ def prepare(config: ConfigDict) -> Experiment:
             "pretrain_epochs and rounds must be at least 0 and not both 0, epochs_per_round at "
             f"least 1; got {durations[0]}, {durations[1]} and {config.epochs_per_round}"
         )
+    check(config)
     key = jax.random.key(config.seed)
     init_key, train_key, match_key, sheet_key = jax.random.split(key, 4)
     fault_key = jax.random.fold_in(key, 1)

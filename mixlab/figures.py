@@ -50,38 +50,48 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
     """
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
+    if len(rows) == 1:  # wrapped, each panel with its title
+        width = min(5, len(columns))
+        places = {key: divmod(number, width) for number, key in enumerate(panels)}
+    else:
+        width = len(columns)
+        places = {key: (rows.index(key[0]), columns.index(key[1])) for key in panels}
+    height = 1 + max(row for row, _ in places.values())
     with mpl.rc_context(_STYLE):
-        wide = 2.5 if len(columns) <= 4 else 1.7
-        figure = Figure(figsize=(max(4.5, 1.2 + wide * len(columns)), 1.1 + 2.0 * len(rows)))
-        axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
-        for (row, column), panel in panels.items():
-            ax = axes[rows.index(row), columns.index(column)]
-            ax.plot(panel["epoch"], panel["agents"], color=SKY, linewidth=0.7, alpha=0.8)
-            mean = np.mean(panel["agents"], axis=1)
-            ax.plot(panel["epoch"], mean, color=BLUE, linewidth=1.8)
-            ax.plot(panel["epoch"], panel["consensus"], color=RED, linewidth=1.4, linestyle="--")
-            ax.plot(panel["epoch"], panel["plain"], color="#333333", linewidth=1, linestyle=":")
+        wide = 2.5 if width <= 4 else 1.9
+        figure = Figure(figsize=(max(4.5, 1.2 + wide * width), 1.1 + 2.0 * height))
+        axes = figure.subplots(height, width, sharex=True, sharey=True, squeeze=False)
+        for key, panel in panels.items():
+            ax = axes[places[key]]
+            agents = 100 * panel["agents"]
+            ax.plot(panel["epoch"], agents, color=SKY, linewidth=0.7, alpha=0.8)
+            ax.plot(panel["epoch"], np.mean(agents, axis=1), color=BLUE, linewidth=1.8)
+            look = {"color": RED, "linewidth": 1.4, "linestyle": "--"}
+            ax.plot(panel["epoch"], 100 * panel["consensus"], **look)
+            look = {"color": "#333333", "linewidth": 1, "linestyle": ":"}
+            ax.plot(panel["epoch"], 100 * panel["plain"], **look)
             if panel["rounds_from"]:
                 ax.axvline(panel["rounds_from"], color="#BBBBBB", linewidth=0.8, zorder=0)
-            ax.set_ylim(0, 1)
-        for place, ax in zip(itertools.product(rows, columns), axes.flat, strict=True):
-            if place not in panels:  # but for the row's label, nothing
-                ax.set_frame_on(False)
-                ax.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
-                ax.grid(visible=False)
-        for ax, column in zip(axes[0], columns, strict=True):
-            name, bracket, options = column.partition("(")
-            short = len(column) < 12 * wide or not options
-            ax.set_title(column if short else f"{name}\n{bracket}{options}", fontsize=9)
-        for row, line in zip(rows, axes, strict=True):
-            line[0].set_ylabel("\n".join([*_wrapped(row), "test accuracy"]), fontsize=8)
-            first = next(place for place, column in enumerate(columns) if (row, column) in panels)
-            line[first].tick_params(labelleft=True)
-        for column, line in zip(columns, axes.T, strict=True):
-            last = max(place for place, row in enumerate(rows) if (row, column) in panels)
-            line[last].set_xlabel("epoch")
-            line[last].tick_params(labelbottom=True)
-            line[last].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            ax.set_ylim(0, 100)
+            if places[key][0] == 0 or len(rows) == 1:
+                name, bracket, options = key[1].partition("(")
+                short = len(key[1]) < 9 * wide or not options
+                ax.set_title(key[1] if short else f"{name}\n{bracket}{options}", fontsize=9)
+        taken = np.zeros(axes.shape, bool)
+        for place in places.values():
+            taken[place] = True
+        for ax in axes[~taken]:  # but for the row's label, nothing
+            ax.set_frame_on(False)
+            ax.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
+            ax.grid(visible=False)
+        for line, full, row in zip(axes, taken, itertools.cycle(rows)):
+            line[0].set_ylabel("\n".join([*_wrapped(row), "test accuracy, %"]), fontsize=8)
+            line[np.argmax(full)].tick_params(labelleft=True)
+        for line, full in zip(axes.T, taken.T, strict=True):
+            ax = line[np.flatnonzero(full)[-1]]
+            ax.set_xlabel("epoch")
+            ax.tick_params(labelbottom=True)
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         handles = [
             mpl.lines.Line2D([], [], color=SKY, linewidth=0.8, label="each agent"),
             mpl.lines.Line2D([], [], color=BLUE, linewidth=1.8, label="mean of agents"),
@@ -93,7 +103,7 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
         figure.legend(
             handles=handles,
             loc="outside lower center",
-            ncols=4 if len(columns) > 2 else 2,
+            ncols=4 if width > 2 else 2,
             fontsize=8,
         )
     return figure
@@ -116,7 +126,8 @@ def distance(
         for ax, (title, runs) in zip(axes.flat, groups.items(), strict=False):
             for name, run in runs.items():
                 style = {"color": styles[name]["color"]}
-                ax.plot(run["epoch"], run["aligned"], linewidth=1.6, **style)
+                marker = {"marker": styles[name]["marker"], "markersize": 3}
+                ax.plot(run["epoch"], run["aligned"], linewidth=1.6, **marker, **style)
                 ax.plot(run["epoch"], run["plain"], linewidth=1, linestyle=":", **style)
             ax.set_title(title, fontsize=8)
             ax.set_ylim(0, None)
@@ -126,7 +137,9 @@ def distance(
             ax.set_ylabel("distance to consensus\n(fraction of the agents' norm)")
         shown = {name for runs in groups.values() for name in runs}
         handles = [
-            mpl.lines.Line2D([], [], color=style["color"], label=name)
+            mpl.lines.Line2D(
+                [], [], color=style["color"], marker=style["marker"], markersize=4, label=name
+            )
             for name, style in styles.items()
             if name in shown
         ]
@@ -210,10 +223,13 @@ def _legend_below(figure: Figure, handles: list[mpl.lines.Line2D], columns: int)
     """A legend under all panels, in at most so many columns, and no more than there is room for."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     room = int(13 * figure.get_figwidth()) // (longest + 7)  # 13 letters an inch; a line is 7
+    columns = max(1, min(columns, room))
+    rows = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=max(1, min(columns, room)),
+        ncols=columns,
         fontsize=8,
     )
 

@@ -24,7 +24,7 @@ COLUMNS = {
     "distance": "{:.3f}",
     "plain distance": "{:.3f}",
     "MB sent": "{:.1f}",
-    "seconds": "{:.1f}",
+    "seconds": "{:.2f}",
 }
 """What is measured of a run, and how a table shows it; the fields that differ stand before it.
 
@@ -39,7 +39,7 @@ COMMUNICATION = {
     "messages": "{:.0f}",
     **{f"{kind} {way}": "{:.2f}" for kind in KINDS for way in ("sent", "received")},
     "most sent": "{:.2f}",
-    "local": "{:.1f}",
+    "local": "{:.2f}",
     "match": "{:.2f}",
     "merge": "{:.2f}",
 }
@@ -368,7 +368,14 @@ def _about_faults(runs: list[Run]) -> list[str]:
         lines.append(f"- `{config['faults']}`{seed}: {'; '.join(text.splitlines())}")
     if any(run.setup["byzantine"] for run in runs):
         lines += ["", "Accuracies are those of the agents that are not Byzantine."]
+    if any(" absent" in text for text in told):
+        lines += ["", "Agents that are absent count, in means and worst, with what they had."]
+    lines += ["", "Rounds are counted from 0 here, as in plans of faults."]
     return ["## Faults", "", *lines, ""]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _about_communication(runs: list[Run]) -> list[str]:
@@ -395,10 +402,13 @@ def _about(runs: list[Run]) -> str:
     differing = _differing(runs)
     topology = "" if {"agents", "topology"} & {*differing} else f"{setup['topology']}; "
     ran = "" if "agents" in differing else f" Ran as {setup['parallel']}."
+    if config.get("start_from") and "start_from" not in differing:
+        ran = f" Began with the agents of `{config['start_from']}`.{ran}"
     return (
         f"{topology}{model}{augmentation}; {optimizer} an agent; "
-        f"{config['pretrain_epochs']} epochs apart, then {config['rounds']} rounds of "
-        f"{config['epochs_per_round']} epochs.{ran}"
+        f"{_count(config['pretrain_epochs'], 'epoch')} apart, then "
+        f"{_count(config['rounds'], 'round')} of "
+        f"{_count(config['epochs_per_round'], 'epoch')}.{ran}"
     )
 
 

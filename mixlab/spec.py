@@ -91,4 +91,6 @@ def parse(
             return [*parts(node.left), *parts(node.right)]
         return [build(node)]
 
+    if isinstance(tree, ast.Constant):
+        raise ValueError(f"{text!r} is a literal and calls nothing; {nearest(text, vocabulary)}")
     return build(tree)

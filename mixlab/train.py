@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from mixlab import distributed, report, spec
 from mixlab.checkpoint import Checkpoints, read_agents
-from mixlab.experiment import Carry, Experiment, prepare
+from mixlab.experiment import NAMED, Carry, Experiment, check, prepare
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
 
@@ -159,8 +159,14 @@ def _run(
                 checkpoints.save(step, held, meta)
 
         def record(step: int, phase: str, carry: Carry) -> None:
-            totals = parallel.get(carry.totals)
-            steps = np.maximum(totals["steps"], 1)
+            trained = {}
+            if phase == "local":
+                totals = parallel.get(carry.totals)
+                steps = np.maximum(totals["steps"], 1)
+                trained = {
+                    f"train_{name}": (totals[name] / steps).tolist()
+                    for name in ("loss", "accuracy")
+                }
             with clock("evaluate"):
                 tested = experiment.test(carry.state.variables)
                 agreement = experiment.consensus(carry.state.variables)
@@ -170,8 +176,7 @@ def _run(
                     "phase": phase,
                     "round": max(0, (step - pretrain) // length + (phase == "merge")),
                     "epoch": step / epoch,
-                    "train_loss": (totals["loss"] / steps).tolist(),
-                    "train_accuracy": (totals["accuracy"] / steps).tolist(),
+                    **trained,
                     "test_loss": tested["loss"].tolist(),
                     "test_accuracy": tested["accuracy"].tolist(),
                     "test_confidence": tested["confidence"].tolist(),
@@ -182,19 +187,24 @@ def _run(
                 }
             )
 
-        match_seconds = 0.0
+        match_seconds, communicated = 0.0, False
         batches = stack.enter_context(closing(experiment.feed.steps(start, total)))
         for step in range(start, total):
             if begins_round(step) and strategy.every in ("round", "step"):
                 number = (step - pretrain) // length
-                with clock("merge"):
+                # What mixes within steps is only looked at: nothing is sent for it.
+                communicates = strategy.every == "round"
+                if not communicated:  # the first call compiles, and would not be timed
+                    with clock("compile"):
+                        jax.block_until_ready(experiment.communicate(carry, number))
+                with clock("merge" if communicates else "evaluate"):
                     merged = jax.block_until_ready(experiment.communicate(carry, number))
-                if experiment.match is not None:
+                if experiment.match is not None and not (strategy.match_once and number):
                     match_seconds = match_seconds or _timed(experiment.match, carry, number)
                     clock.move(min(match_seconds, clock.last), "merge", "match")
-                if strategy.every == "round":
+                if communicates:
                     carry = merged
-                # What mixes within steps is only looked at: nothing was sent for it.
+                communicated = True
                 record(step, "merge", carry._replace(state=merged.state))
             with clock("local"):
                 carry = experiment.step(carry, next(batches), step)
@@ -229,12 +239,12 @@ def _timed(fn: Callable[..., PyTree], *args: Any) -> float:
 
 
 class _Clock:
-    """Adds up the seconds spent on each kind of work; the first of a kind counts as compiling."""
+    """Adds up the seconds of each kind of work; the first step, and test, count as compiling."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds = dict(seconds)
         self.last = 0.0
-        self._seen: set[str] = set()
+        self._seen = {"compile", "merge", "save"}
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
@@ -260,9 +270,15 @@ def _check_finite(failed_at: np.ndarray, saved: list[int]) -> None:
     kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "nothing was saved before"
     raise Diverged(
         f"the loss of agent {agent} became NaN or infinite at step {failed_at[agent]} "
-        f"(agents affected by now: {bad.tolist()}); {kept}. Lower the learning rate, or clip the "
+        f"({_some(bad)} affected by now); {kept}. Lower the learning rate, or clip the "
         "gradients: --config.optimizer='clip_by_global_norm(1.0) | adam(1e-3)'"
     )
+
+
+def _some(agents: np.ndarray) -> str:
+    named = ", ".join(map(str, agents[:8]))
+    more = f" and {len(agents) - 8} others" if len(agents) > 8 else ""
+    return f"agents {named}{more}"
 
 
 def variants(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -287,6 +303,7 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
     for field in {field for skip in skips for field in skip} - set(sweep):
         raise ValueError(f"sweep_skip names {field!r}, which is not swept; swept: {list(sweep)}")
     found: dict[str, ConfigDict] = {}
+    checked: list[dict[str, Any]] = []
     for combination in itertools.product(*sweep.values()):
         chosen = dict(zip(sweep, combination, strict=True))
         if any(all(_agrees(chosen[k], wanted) for k, wanted in skip.items()) for skip in skips):
@@ -300,6 +317,13 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         if name in found:
             raise ValueError(f"two runs of the sweep would both be called {name!r}")
         found[name] = variant
+        named = {field: variant[field] for field in ("agents", *NAMED)}
+        if named not in checked:
+            checked.append(named)
+            try:
+                check(variant)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{name}: {error}" if chosen else str(error)) from error
     if not found:
         raise ValueError("sweep_skip leaves no run")
     return found
@@ -314,10 +338,23 @@ def _slug(value: Any) -> str:
     return "_".join("".join(kept).split())
 
 
+FREE = (
+    "checkpoint_every_steps",
+    "data_dir",
+    "devices",
+    "download",
+    "keep_checkpoints",
+    "memory_bytes",
+    "per_device",
+)
+"""Fields that say where a run is made and what is kept of it, not what comes out."""
+
+
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the config into the folder, or checks that it is the one that ran there.
 
-    A config that could not be run has left nothing, so the mended one may take its place.
+    A config that could not be run has left nothing, so the mended one may take its place; and what
+    is `FREE` may change from start to start.
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config.to_dict()))
@@ -331,6 +368,9 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         return
     other = json.loads(path.read_text())
     fields = sorted(k for k in {*mine, *other} if mine.get(k, "absent") != other.get(k, "absent"))
+    if fields and {*fields} <= {*FREE}:
+        write_json(path, mine)
+        return
     if fields:
         lines = "".join(
             f"\n  {k}: {other.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} now"

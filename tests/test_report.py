@@ -157,7 +157,7 @@ def test_communication_is_told_by_kind(large):
     assert costs["activations sent"] == "4.00 ± 0.00"
     assert costs["most sent"] == "7.00 ± 0.00"
     assert costs["messages"] == "4 ± 0"
-    assert costs["local"] == "100.0 ± 0.0"
+    assert costs["local"] == "100.00 ± 0.00"
     assert "gradients sent" not in head
     assert dict(zip(head, isolated, strict=True))["parameters sent"] == "-"
     with open(large.parent / "results.csv") as file:

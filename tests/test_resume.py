@@ -110,3 +110,10 @@ def test_another_config_in_the_same_folder_is_refused(finished):
     result = run(*command(finished, "--config.agents=2"))
     assert result.returncode == 1
     assert "agents: 4 there, 2 now" in result.stderr
+
+
+def test_where_it_runs_and_what_is_kept_may_change(finished):
+    result = run(*command(finished, "--config.devices=2", "--config.keep_checkpoints=3"))
+    assert result.returncode == 0, result.stderr
+    assert "4 agents on 2 cpu devices" in result.stdout
+    assert json.loads((finished / "config.json").read_text())["devices"] == 2

@@ -49,3 +49,9 @@ def test_parse_builds_what_the_text_says(text, expected):
 def test_parse_refuses_the_rest_and_says_why(text, error, says):
     with pytest.raises(error, match=says):
         spec.parse(text, VOCABULARY)
+
+
+@pytest.mark.parametrize("text", ["0.1", "'sgd'", "None"])
+def test_a_literal_calls_nothing(text):
+    with pytest.raises(ValueError, match=r"is a literal and calls nothing; .*known: double"):
+        spec.parse(text, {"double": lambda x: 2 * x})

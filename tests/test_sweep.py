@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mixlab import train
+from mixlab import cli, train
 from mixlab.sweep import is_finished
 from tests.sweep_config import get_config
 
@@ -47,6 +47,24 @@ def test_combinations_are_left_out_that_agree_with_a_skip():
     config.sweep_skip = ({"strategy": ("none", "wa")},)
     with pytest.raises(ValueError, match="leaves no run"):
         train.variants(config)
+
+
+def test_the_command_line_sweeps_any_field_and_overrides_what_is_swept():
+    config = get_config()
+    config.strategy = "dimat"
+    cli._set_sweep(config, {"seed": "(0, 1)", "optimizer": "['adam(1e-2)']"}, {"strategy", "seed"})
+    assert config.sweep.to_dict() == {
+        "optimizer": ("adam(1e-2)",),
+        "strategy": ("dimat",),
+        "seed": (0, 1),
+    }
+    for field, values, says in (
+        ("seeds", "(0,)", "sweep.seeds: no such field; did you mean 'seed'"),
+        ("seed", "3", "sweep.seed takes values such as"),
+        ("topology", "(ring,)", "sweep.topology takes values such as"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            cli._set_sweep(config, {field: values}, set())
 
 
 @pytest.mark.slow

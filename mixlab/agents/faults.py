@@ -261,14 +261,16 @@ def byzantine(
         attack: what they do, see `mixlab.agents.attacks`: `"alie"`, `"ipm(tau=0.1)"`, ...
 
     Raises:
-        ValueError: the attack is unknown, not one of `count` and `agents` is given, or there are
-            not so many agents, or not these.
+        ValueError: the attack is unknown, not one of `count` and `agents` is given, there are
+            not so many agents, or not these, or none is left that is honest.
     """
     if (count is None) == (agents is None):
         raise ValueError("byzantine takes either count= or agents=, one of them")
     if count is not None and not 0 <= count <= num_agents:
         raise ValueError(f"byzantine takes a count of 0 to {num_agents} agents, got {count}")
     given = None if agents is None else _mask(num_agents, agents, "byzantine")
+    if count == num_agents or (given is not None and given.all()):
+        raise ValueError(f"byzantine(...) leaves none of {num_agents} agents honest; name fewer")
     made = attacks.parse(attack)
 
     def part(key: Key, time: Array) -> Fault:

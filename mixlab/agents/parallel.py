@@ -243,8 +243,11 @@ class Parallel:
         inside = f" by {self.per_device}" if self.per_block > 1 else ""
         processes = len(self.devices) // len(self.local_devices)
         where = f" of {processes} processes" if processes > 1 else ""
+        devices = (
+            f"1 {kind} device" if len(self.devices) == 1 else f"{len(self.devices)} {kind} devices"
+        )
         return (
-            f"{self.num_agents} agents on {len(self.devices)} {kind} devices{where} (pmap, "
+            f"{self.num_agents} agents on {devices}{where} (pmap, "
             f"{self.per_block} a device{inside})"
         )
 
@@ -450,7 +453,12 @@ def force_cpu_devices(num_agents: int) -> int:
 
     Returns:
         The number of CPU devices.
+
+    Raises:
+        ValueError: no agents.
     """
+    if num_agents < 1:
+        raise ValueError(f"agents must be at least 1, got {num_agents}")
     flag = "--xla_force_host_platform_device_count="
     flags = os.environ.get("XLA_FLAGS", "")
     if flag in flags:

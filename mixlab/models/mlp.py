@@ -25,6 +25,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Maps images [B, H, W, C] to logits float32 [B, num_classes]; `train` changes nothing."""
+        if not isinstance(self.hidden, tuple | list) or any(width < 1 for width in self.hidden):
+            raise ValueError(
+                f"hidden takes widths above 0, such as (256, 256); got {self.hidden!r}"
+            )
         x = images(x, self.dtype).reshape(x.shape[0], -1)
         for width in self.hidden:
             x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))

@@ -138,7 +138,13 @@ def gossip(
         return find(network, problem, variables, plan(network, state)[0])
 
     return Strategy(
-        "gossip", "round", init, core.local_step, communicate, match if align == "every" else None
+        "gossip",
+        "round",
+        init,
+        core.local_step,
+        communicate,
+        match if align != "never" else None,
+        match_once=align != "every",
     )
 
 

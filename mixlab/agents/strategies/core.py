@@ -89,6 +89,7 @@ class Strategy(NamedTuple):
             the step it gives the mixture that the next step will form, for evaluation.
         match: `match(network, problem, state)`, what `communicate` does before it merges; None
             where nothing is matched. It is for measuring time.
+        match_once: whether only the first `communicate` matches.
         optimizer: makes the agents' optimizer from the one that is configured.
         rule: how the mixing matrix is made of the graph, see `Topology.mixing_matrix`; None is
             the topology's own.
@@ -100,6 +101,7 @@ class Strategy(NamedTuple):
     local_step: Callable[[Network, Problem, AgentState, Gradients], AgentState]
     communicate: Callable[[Network, Problem, AgentState], AgentState]
     match: Callable[[Network, Problem, AgentState], PyTree] | None = None
+    match_once: bool = False
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
         lambda optimizer: optimizer
     )
