@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from mixlab import figures
 from mixlab.align import Barrier
 from mixlab.align.inference.layout import Atom, Fixed, Prod, Sum
+from mixlab.figures import style
 
 
 def test_barriers_have_a_panel_a_metric_and_their_heights_in_the_legend(tmp_path):
@@ -47,7 +48,7 @@ def test_symmetry_has_a_row_a_leaf_and_a_colour_a_group(tmp_path):
     (ax,) = figure.axes
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == ["bn_9/scale", "bn_10/mean, scale", "dense/kernel"]
-    first, second, grey = to_rgb(figures.BLUE), to_rgb(figures.ORANGE), to_rgb("#EDEDED")
+    first, second, grey = to_rgb(style.BLUE), to_rgb(style.ORANGE), to_rgb("#EDEDED")
     colours = [patch.get_facecolor()[:3] for patch in ax.patches]
     assert colours == [second, first, first, second, grey, grey, first]
     signs = [text.get_text() for text in ax.texts if text.get_text() in "+×"]

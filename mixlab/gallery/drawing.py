@@ -22,7 +22,7 @@ from mixlab.augment import Augmentation
 from mixlab.augment.core import image_of
 from mixlab.augment.policies.spaces import GEOMETRIC
 from mixlab.data import embedded
-from mixlab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW
+from mixlab.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW
 from mixlab.gallery.catalogue import METHODS, OPS, SHARES, Method
 from mixlab.gallery.examples import examples
 from mixlab.gallery.page import (
