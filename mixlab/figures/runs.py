@@ -66,7 +66,9 @@ def accuracy(panels: dict[tuple[str, str], dict[str, Any]]) -> Figure:
             ax.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
             ax.grid(visible=False)
         for line, full, row in zip(axes, taken, itertools.cycle(rows)):
-            line[0].set_ylabel("\n".join([*_wrapped(row), "test accuracy, %"]), fontsize=8)
+            line[0].set_ylabel(
+                "\n".join([*_wrapped(row), "test accuracy, %"]), fontsize=8, linespacing=1.4
+            )
             line[np.argmax(full)].tick_params(labelleft=True)
         for line, full in zip(axes.T, taken.T, strict=True):
             ax = line[np.flatnonzero(full)[-1]]
