@@ -307,20 +307,21 @@ def prepare(config: ConfigDict) -> Experiment:
         # What mixes in every step loses other messages in each.
         lost = fault.lost if strategy.every == "round" else faults.sample(key, time).lost
         push = strategy.rule == "push"
-        if push:  # a share that is not sent in time stays with its sender, or mass would be made
-            lost = lost | fault.late
+        # Of push-sum, stale shares would make mass, and who only receives would gather it all: one
+        # that is late exchanges nothing.
+        apart = (fault.late | fault.late[:, None]) & push
         settle = agents.faults.renormalise_columns if push else agents.faults.renormalise
         awake = fault.awake | alone
         addressed = (mixing > 0) & awake & awake[:, None] & ~jnp.eye(config.agents, dtype=bool)
         return agents.Network(
             axis,
-            settle(mixing, awake, lost),
+            settle(mixing, awake, lost | apart),
             topology.adjacency,
             key,
             time,
             awake=awake if faults.any_absent else None,
             late=fault.late & ~alone if faults.any_late and not push else None,
-            lost=lost & addressed if faults.any_lost or (push and faults.any_late) else None,
+            lost=lost & addressed & ~apart if faults.any_lost else None,
             byzantine=fault.byzantine & ~alone,
             attack=faults.attack,
             outbox=outbox or None,

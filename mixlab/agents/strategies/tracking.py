@@ -19,8 +19,9 @@ def sgp(topology: Topology) -> Strategy:
     that sum to one, and of a weight likewise, `w_i <- sum_j P_ij w_j`, from 1 on. The model is
     `z = x / w`, at which gradients are taken: a biased P changes w as it does x. The
     statistics of BatchNorm are shared with the same weight. With a doubly stochastic P all w stay
-    one, and what is left is `dpsgd(order="adapt_then_combine")`. A share that is lost, or not sent
-    in time, stays with its sender, so that the sum of all w does not change.
+    one, and what is left is `dpsgd(order="adapt_then_combine")`. A share that is lost
+    stays with its sender, and one that is late exchanges nothing, so that the sum of all w does
+    not change, nor gathers with who is late.
 
     Args:
         topology: the graph; the weights are made by the rule "push".
