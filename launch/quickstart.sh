@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a result: installs mixlab into .venv and trains eight agents on a ring, four ways,
+# From nothing to a result: installs mixlab into .venv and trains eight agents on a ring, five ways,
 # on data that comes with the installation. Arguments go to `mixlab train`:
 #   bash launch/quickstart.sh --config.agents=16
 # Run it again after an interruption, and it goes on where it was.
