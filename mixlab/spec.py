@@ -24,6 +24,8 @@ def parse(
     text: str,
     vocabulary: Mapping[str, Callable[..., Any]],
     combine: Callable[..., Any] | None = None,
+    *,
+    what: str = "call",
 ) -> Any:
     """Builds the object that `text` describes.
 
@@ -32,6 +34,7 @@ def parse(
             name is a call without arguments. Arguments are literals or nested calls.
         vocabulary: the names that may be called.
         combine: called with the parts of an `a | b | c`.
+        what: what the text should describe, for the error where it is a literal.
 
     Returns:
         What the called function returns.
@@ -92,5 +95,5 @@ def parse(
         return [build(node)]
 
     if isinstance(tree, ast.Constant):
-        raise ValueError(f"{text!r} is a literal and calls nothing; {nearest(text, vocabulary)}")
+        raise ValueError(f"{text!r} is a literal, no {what}; {nearest(text, vocabulary)}")
     return build(tree)

@@ -53,5 +53,5 @@ def test_parse_refuses_the_rest_and_says_why(text, error, says):
 
 @pytest.mark.parametrize("text", ["0.1", "'sgd'", "None"])
 def test_a_literal_calls_nothing(text):
-    with pytest.raises(ValueError, match=r"is a literal and calls nothing; .*known: double"):
+    with pytest.raises(ValueError, match=r"is a literal, no call; .*known: double"):
         spec.parse(text, {"double": lambda x: 2 * x})

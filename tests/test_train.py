@@ -254,7 +254,7 @@ def test_a_diverging_run_names_step_and_agent_and_keeps_its_checkpoint(tmp_path)
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"matching_examples": -5}, ValueError, "matching_examples must be at least 1"),
         ({"eval_batch_size": 0}, ValueError, "eval_batch_size must be at least 1"),
-        ({"optimizer": "0.1"}, ValueError, "'0.1' is a literal and calls nothing"),
+        ({"optimizer": "0.1"}, ValueError, "'0.1' is a literal, no call"),
         ({"model": "mlp(hidden=32)"}, ValueError, r"widths above 0, such as \(256, 256\); got 32"),
         ({"faults": "byzantine(4, attack='alie')"}, ValueError, "none of 4 agents honest"),
         (

@@ -115,7 +115,7 @@ def parse(text: str | Augmentation) -> Augmentation:
         raise TypeError(f"parse takes a text or an Augmentation, got {text!r}")
     if not text.strip():
         return identity()
-    aug = spec.parse(as_calls(text), CONSTRUCTORS, combine=chain)
+    aug = spec.parse(as_calls(text), CONSTRUCTORS, combine=chain, what="augmentation")
     if not isinstance(aug, Augmentation):
         raise ValueError(f"{text!r} describes no augmentation but {aug!r}; call one, as mixup()")
     return aug
