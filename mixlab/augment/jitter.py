@@ -76,10 +76,8 @@ def color_jitter(
     low, high = np.stack([*ranges, _range("hue", hue, 0.0, (-0.5, 0.5))], axis=1)
     neutral = np.array([1.0, 1.0, 1.0, 0.0])
     moves = (low != neutral) | (high != neutral)
-    ops = (brighten, set_contrast, color, turn_hue)
-    branches: list[Callable[[Array, Array], Array]] = [
-        op for op, move in zip(ops, moves, strict=True) if move
-    ]
+    ops: tuple[Callable[[Array, Array], Array], ...] = (brighten, set_contrast, color, turn_hue)
+    branches = [op for op, move in zip(ops, moves, strict=True) if move]
     branches.append(lambda image, factor: image)
     still = len(branches) - 1
     branch_of = np.where(moves, np.cumsum(moves) - 1, still).astype(np.int32)
