@@ -161,6 +161,8 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     sweeps = [_SWEEP.fullmatch(argument) for argument in arguments]
     swept = {m["field"]: m["values"] for m in sweeps if m}
     arguments = [a for a, m in zip(arguments, sweeps, strict=True) if not m]
+    # config_flags looks for overrides there, whatever it is given, and knows no new fields.
+    sys.argv = [argument for argument in sys.argv if not _SWEEP.fullmatch(argument)]
     given = {m["field"] for m in map(_FIELD.match, arguments) if m}
     try:
         rest = flags.FLAGS([f"mixlab {command}", *arguments])[1:]
@@ -191,7 +193,7 @@ def _set_sweep(config: ConfigDict, swept: dict[str, str], given: set[str]) -> No
     """Takes over `--config.sweep.FIELD=(...)`, and `--config.FIELD=` of fields that are swept."""
     known = [field for field in config if not field.startswith("sweep")]
     for field, text in swept.items():
-        if field not in known:
+        if field not in known or "sweep" not in config:
             raise ValueError(f"sweep.{field}: no such field; {spec.nearest(field, known)}")
         try:
             values = ast.literal_eval(text)
@@ -201,7 +203,7 @@ def _set_sweep(config: ConfigDict, swept: dict[str, str], given: set[str]) -> No
             raise ValueError(f"sweep.{field} takes values such as \"('a', 'b')\", got {text}")
         config.sweep[field] = tuple(values)
     for field in given - {*swept}:
-        if field in config.sweep:
+        if field in config.get("sweep", {}):
             config.sweep[field] = (config[field],)
 
 

@@ -418,8 +418,7 @@ def prepare(config: ConfigDict) -> Experiment:
     def consensus(axis: agents.Axis, variables: PyTree, held: PyTree, shared: PyTree) -> PyTree:
         here = problem._replace(images=held if problem.local else shared["images"])
         liars = faults.sample(shared["fault_key"], 0).byzantine
-        among = ~liars | jnp.all(liars) if faults.any_byzantine else None
-        return agents.consensus(axis, here, variables, among=among)
+        return agents.consensus(axis, here, variables, among=~liars)
 
     def abstract() -> Carry:
         """Shapes of what a step and a communication leave, as if all agents were one block."""

@@ -67,6 +67,23 @@ def test_the_command_line_sweeps_any_field_and_overrides_what_is_swept():
             cli._set_sweep(config, {field: values}, set())
 
 
+def test_a_field_that_the_file_does_not_sweep_is_swept_from_the_command_line():
+    code = (
+        "import sys; from mixlab import cli; "
+        "print(cli._parse('sweep', sys.argv[1:])[0].sweep.to_dict())"
+    )
+    arguments = ["--config.sweep.seed=(0, 1)", "--config.strategy=dimat", "--workdir=x"]
+    found = subprocess.run(
+        [sys.executable, "-c", code, f"--config={CONFIG}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "'seed': (0, 1)" in found
+    assert "'strategy': ('dimat',)" in found
+
+
 @pytest.mark.slow
 def test_a_sweep_is_interrupted_resumed_and_outlives_a_run_that_diverges(tmp_path):
     sweep = start(tmp_path)
