@@ -8,10 +8,10 @@ off again when it is over (`describe`). Plans are joined by `|`: an agent is awa
 of them, and late, lost or Byzantine if it is in one.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 
 from mixlab import random, spec
 from mixlab.agents import attacks
+from mixlab.agents.network import Network
 from mixlab.types import Array, ArrayLike, Key
 
 _MOST_LINES = 20
@@ -43,7 +44,7 @@ class Fault(NamedTuple):
     byzantine: Array
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Faults:
     """A plan of faults, made by the functions of this module.
 
@@ -100,7 +101,7 @@ class Faults:
 
         Args:
             key: the key of the run, the same at all times.
-            time: int32, the round, counted from 0; may be traced.
+            time: int32, the round, counted from 0; may be traced. Before it nothing goes wrong.
         """
         time = jnp.asarray(time, jnp.int32)
         found = _fault(self.num_agents)
@@ -112,8 +113,45 @@ class Faults:
                 found.lost | one.lost,
                 found.byzantine | one.byzantine,
             )
-        between_two = ~jnp.eye(self.num_agents, dtype=bool)
-        return found._replace(late=found.late & found.awake, lost=found.lost & between_two)
+        begun, between_two = time >= 0, ~jnp.eye(self.num_agents, dtype=bool)
+        return Fault(
+            found.awake | ~begun,
+            found.late & found.awake & begun,
+            found.lost & between_two & begun,
+            found.byzantine & begun,
+        )
+
+    def strike(
+        self, network: Network, key: Key, time: ArrayLike, *, by_step: bool, push: bool
+    ) -> Network:
+        """A network as this plan leaves it: weights normalised anew over what arrives.
+
+        Args:
+            network: one in which all is well.
+            key: as for `sample`.
+            time: int32, the round; may be traced.
+            by_step: whether agents communicate in every step of the round. Who is absent, late or
+                Byzantine is the same in all of them; messages are lost anew in each.
+            push: whether weights are those of push-sum, see `renormalise_columns`.
+        """
+        if not self:
+            return network
+        fault = self.sample(key, time)
+        lost = self.sample(network.key, network.time).lost if by_step else fault.lost
+        # Of push-sum, stale shares would make mass, and who only receives would gather it all: one
+        # that is late exchanges nothing.
+        apart = (fault.late | fault.late[:, None]) & push
+        settle = renormalise_columns if push else renormalise
+        addressed = (network.weights > 0) & fault.awake & fault.awake[:, None]
+        return dataclasses.replace(
+            network,
+            weights=settle(network.weights, fault.awake, lost | apart),
+            awake=fault.awake if self.any_absent else None,
+            late=fault.late if self.any_late and not push else None,
+            lost=lost & addressed & ~apart if self.any_lost else None,
+            byzantine=fault.byzantine if self.any_byzantine else None,
+            attack=self.attack,
+        )
 
     def describe(
         self, key: Key, rounds: int, edges: ArrayLike | None = None, *, by_step: bool = False

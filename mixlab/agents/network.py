@@ -82,6 +82,20 @@ class Network:
         """A."""
         return len(self.adjacency)
 
+    def taking_part(self) -> Array:
+        """Bool [k]: who of the block is awake and honest."""
+        part = jnp.ones(self.axis.ids.shape, bool)
+        if self.awake is not None:
+            part &= self.awake[self.axis.ids]
+        return part if self.byzantine is None else part & ~self.byzantine[self.axis.ids]
+
+    def keep_absent(self, old: PyTree, new: PyTree) -> PyTree:
+        """`new`, but of absent agents `old`; leaves [k, ...]."""
+        if self.awake is None:
+            return new
+        here = self.awake[self.axis.ids]
+        return jax.tree.map(lambda x, y: jnp.where(_along(here, x), x, y), new, old)
+
     def received(self) -> tuple[Array, tuple[PyTree, ...]]:
         """What this step or round left: int32 [k, messages, 2] sent and received, the outbox."""
         none = jnp.zeros((*self.axis.ids.shape, 0, 2), jnp.int32)

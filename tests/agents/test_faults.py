@@ -1,11 +1,14 @@
 """Plans of faults: what they draw, how they join, and that mixing stays a mixing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixlab.agents import faults
+from mixlab.agents import Network, faults, topology
+from mixlab.agents.parallel import whole_axis
 
 A = 10
 KEY = jax.random.key(0)
@@ -44,6 +47,36 @@ def test_every_kind_does_what_it_says():
 
     one_way = np.asarray(over(faults.lost(A, 0.3), 50).lost)
     assert abs((one_way & one_way.swapaxes(1, 2)).mean() / one_way.mean() - 0.3) < 0.05
+
+
+def test_a_plan_strikes_a_network_from_round_0_on():
+    graph = topology.complete(4)
+    plan = faults.parse(
+        "absent(agents=(1,)) | lost(p=0.5) | byzantine(agents=(2,), attack=alie)", 4
+    )
+    axis = whole_axis(jnp.arange(4), jax.vmap)
+    well = Network(axis, jnp.asarray(graph.weights), graph.adjacency, KEY, jnp.int32(5))
+
+    before = plan.strike(well, KEY, -1, by_step=False, push=False)
+    np.testing.assert_array_equal(before.weights, graph.weights)
+    assert np.all(before.taking_part())
+    hit = plan.strike(well, KEY, 0, by_step=False, push=False)
+    np.testing.assert_array_equal(hit.taking_part(), [True, False, False, True])
+    np.testing.assert_array_equal(hit.weights[1], np.eye(4)[1])
+    np.testing.assert_allclose(hit.weights.sum(1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(hit.weights[hit.lost], 0)
+    assert not hit.lost[1].any()  # who is absent is sent nothing
+    assert not hit.lost[:, 1].any()
+    assert hit.late is None
+    pushed = plan.strike(well, KEY, 0, by_step=False, push=True)
+    np.testing.assert_allclose(pushed.weights.sum(0), 1, rtol=1e-6)
+    by_step = [
+        plan.strike(dataclasses.replace(well, time=time), KEY, 0, by_step=True, push=False).lost
+        for time in (1, 2, 3)
+    ]
+    assert not np.array_equal(by_step[0], by_step[1]) or not np.array_equal(by_step[1], by_step[2])
+    held = hit.keep_absent(jnp.zeros((4, 2)), jnp.ones((4, 2)))
+    np.testing.assert_array_equal(held[:, 0], [1, 0, 1, 1])
 
 
 def test_those_who_fail_are_the_same_until_they_return():

@@ -1,6 +1,6 @@
-"""What a config means: data, agents, model, strategy and the programs that they make together.
+"""Data, agents, model and strategy, and the programs that they make together.
 
-`prepare` is read from top to bottom; `mixlab.train` runs what it makes.
+`prepare` is read from top to bottom.
 """
 
 import functools
@@ -12,105 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from mixlab import agents, align, augment, data, models, spec
 from mixlab.agents.parallel import host_callbacks_are_safe, whole_axis
+from mixlab.experiment.config import MATCHING_DATA, OPTIMIZERS, check, datasets
+from mixlab.experiment.scoring import reestimation, scores, tally, test_batches
 from mixlab.types import Array, Batch, Key, PyTree
-
-
-def default_config() -> ConfigDict:
-    """Every field of an experiment, with its default. `configs/` starts from here."""
-    config = ConfigDict()
-    config.seed = 0
-    # Data: see mixlab.data.load.
-    config.data = "mnist5k"
-    config.train_split = "train"  # TFDS sets take slices, "train[:90%]"
-    config.test_split = "test"
-    config.data_dir = config_dict.placeholder(str)
-    config.download = True
-    config.image_size = config_dict.placeholder(int)
-    config.memory_bytes = 2 << 30  # images up to this size live on the devices
-    config.augment = "identity"  # on uint8 images, training only
-    config.preprocess = "to_float"  # after that, training and evaluation
-    # Model and optimizer.
-    config.model = "mlp(hidden=(256, 256, 256))"
-    config.optimizer = "adam(1e-3)"
-    config.batch_size = 50  # of each agent
-    # Agents: see mixlab.agents.
-    config.agents = 8
-    config.topology = "ring"
-    config.partition = "iid"
-    config.strategy = "dimat"
-    config.same_init = False
-    # Where agents are compared, BatchNorm re-estimated: "proxy", so many training images that all
-    # agents hold; "local", as many of each agent's own; "global", the whole training set.
-    config.matching_data = "proxy"
-    config.matching_examples = 1000
-    config.faults = "none"  # see mixlab.agents.faults
-    config.start_from = config_dict.placeholder(str)  # folder of a run: its agents, cloned in turn
-    # Durations. An epoch is as many steps as the mean agent needs to see its part once.
-    config.pretrain_epochs = 0
-    config.rounds = 10
-    config.epochs_per_round = 1
-    config.eval_batch_size = 500
-    # Where and how it runs: see mixlab.agents.parallel.
-    config.backend = "pmap"
-    config.per_device = "auto"
-    config.devices = config_dict.placeholder(int)
-    config.checkpoint_every_steps = config_dict.placeholder(int)  # by default: every round
-    config.keep_checkpoints = 2
-    # Field -> tuple of values; every combination is run. The report averages over seeds.
-    config.sweep = ConfigDict()
-    config.sweep_skip = ()  # dicts of field -> value or values: combinations that are left out
-    return config
-
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    name: getattr(optax, name)
-    for name in (
-        "adabelief",
-        "adam",
-        "adamw",
-        "lamb",
-        "lars",
-        "lion",
-        "nadam",
-        "rmsprop",
-        "sgd",
-        "add_decayed_weights",
-        "clip_by_global_norm",
-        "cosine_decay_schedule",
-        "exponential_decay",
-        "linear_schedule",
-        "piecewise_constant_schedule",
-        "warmup_cosine_decay_schedule",
-    )
-}
-"""What `config.optimizer` may name: optax's own optimizers, transformations and schedules."""
-
-
-MATCHING_DATA = ("global", "local", "proxy")
-
-
-CALIBRATION_BINS = 15
-"""Bins of equal width into which `test_ece` sorts the confidences, as Guo et al. do."""
-
-
-def datasets(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
-    """Loads the training and the test set that a config names.
-
-    Raises:
-        ValueError: no such set or split, or data that cannot be used.
-        ModuleNotFoundError: the data set needs the extra `data`.
-    """
-    known = ("data_dir", "download", "image_size", "memory_bytes")
-    options = {name: config[name] for name in known if name in config}
-    train_set, test_set = (
-        data.load(config.data, split, **options)
-        for split in (config.train_split, config.test_split)
-    )
-    return train_set, test_set
 
 
 class Carry(NamedTuple):
@@ -170,52 +78,6 @@ class Experiment(NamedTuple):
     traffic: Callable[[Carry], dict[str, Any]]
     about: dict[str, Any]
     sheet: dict[str, np.ndarray]
-
-
-NAMED = (
-    "topology",
-    "strategy",
-    "faults",
-    "partition",
-    "model",
-    "optimizer",
-    "augment",
-    "preprocess",
-)
-"""Fields whose text is built into something, see `check`."""
-
-
-def check(config: ConfigDict) -> None:
-    """Builds what the fields of `NAMED` describe, which costs little, and forgets it.
-
-    Raises:
-        ValueError: a field names something unknown, or has a value that cannot be used.
-        TypeError: a field gives an argument that what it names does not take.
-    """
-    for field, least in _LEAST.items():
-        if config[field] is not None and config[field] < least:
-            raise ValueError(f"{field} must be at least {least}, got {config[field]}")
-    agents.parse(config.strategy, agents.topology.parse(config.topology, config.agents))
-    agents.faults.parse(config.faults, config.agents)
-    agents.partition.parse(config.partition)
-    models.parse(config.model, 2)
-    spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain)
-    augment.parse(config.augment)
-    augment.parse(config.preprocess)
-
-
-_LEAST = {
-    "agents": 1,
-    "batch_size": 1,
-    "checkpoint_every_steps": 1,
-    "devices": 1,
-    "eval_batch_size": 1,
-    "keep_checkpoints": 2,  # see mixlab.checkpoint.Checkpoints
-    "matching_examples": 1,
-    "memory_bytes": 0,
-    "seed": 0,
-}
-"""Below which numbers fields make no sense; None is not asked for."""
 
 
 def prepare(config: ConfigDict) -> Experiment:
@@ -301,41 +163,18 @@ def prepare(config: ConfigDict) -> Experiment:
         stack, time, alone = shared["weights"], shared["time"], shared["round"] < 0
         mixing = jnp.where(alone, jnp.eye(config.agents), stack[time % len(stack)])
         key = jax.random.fold_in(jax.random.fold_in(shared["fault_key"], 1), time)
-        if not faults:
-            return agents.Network(axis, mixing, topology.adjacency, key, time)
-        fault = faults.sample(shared["fault_key"], shared["round"])
-        # What mixes in every step loses other messages in each.
-        lost = fault.lost if strategy.every == "round" else faults.sample(key, time).lost
-        push = strategy.rule == "push"
-        # Of push-sum, stale shares would make mass, and who only receives would gather it all: one
-        # that is late exchanges nothing.
-        apart = (fault.late | fault.late[:, None]) & push
-        settle = agents.faults.renormalise_columns if push else agents.faults.renormalise
-        awake = fault.awake | alone
-        addressed = (mixing > 0) & awake & awake[:, None] & ~jnp.eye(config.agents, dtype=bool)
-        return agents.Network(
-            axis,
-            settle(mixing, awake, lost | apart),
-            topology.adjacency,
-            key,
-            time,
-            awake=awake if faults.any_absent else None,
-            late=fault.late & ~alone if faults.any_late and not push else None,
-            lost=lost & addressed & ~apart if faults.any_lost else None,
-            byzantine=fault.byzantine & ~alone,
-            attack=faults.attack,
-            outbox=outbox or None,
+        whole = agents.Network(axis, mixing, topology.adjacency, key, time, outbox=outbox or None)
+        return faults.strike(
+            whole,
+            shared["fault_key"],
+            shared["round"],
+            by_step=strategy.every != "round",
+            push=strategy.rule == "push",
         )
 
     def settled(net: agents.Network, kind: str, old: Carry, new: agents.AgentState) -> Carry:
         """The carry after a communication: who is absent stays as it was; messages are counted."""
-        if net.awake is not None:
-            here = net.awake[net.axis.ids]
-            new = jax.tree.map(
-                lambda x, y: jnp.where(here.reshape(-1, *(1,) * (x.ndim - 1)), x, y),
-                new,
-                old.state,
-            )
+        new = net.keep_absent(old.state, new)
         counts, outbox = net.received()
         if not net.messages:
             return old._replace(state=new)
@@ -382,10 +221,8 @@ def prepare(config: ConfigDict) -> Experiment:
         batch, own_key = axis.each(batch_of)(axis.ids, held)
         gradients = functools.partial(_gradients, model)
         grads, stats, metrics = axis.each(gradients)(own_key, state.variables, batch)
-        diverged = (state.failed_at < 0) & ~jnp.isfinite(metrics["loss"])
-        for taking_no_part in (net.byzantine, None if net.awake is None else ~net.awake):
-            if taking_no_part is not None:
-                diverged &= ~taking_no_part[axis.ids]
+        unfit = ~jnp.isfinite(metrics["loss"]) & net.taking_part()
+        diverged = (state.failed_at < 0) & unfit
         state = state._replace(failed_at=jnp.where(diverged, now, state.failed_at))
         # Of gradients at others' variables: a key of this step that is no agent's own.
         their_key = jax.random.fold_in(jax.random.fold_in(shared["train_key"], now), config.agents)
@@ -609,65 +446,3 @@ def _gradients(
     right = jnp.argmax(logits, -1) == jnp.argmax(batch["label"], -1)
     metrics = {"loss": loss, "accuracy": right.mean(), "steps": jnp.ones(())}
     return grads, stats, metrics
-
-
-def tally(model: Any, variables: PyTree, batch: Batch) -> dict[str, Array]:
-    """Sums over the examples of `batch` whose label is not -1 (padding), for `scores`.
-
-    An example's confidence is its largest probability; `gap` [CALIBRATION_BINS] holds, of each bin
-    of confidence, (0, 1/M], ..., (1 - 1/M, 1], the sum of right - confidence.
-    """
-    logits = model.apply(variables, batch["image"]).astype(jnp.float32)
-    real = batch["label"] >= 0
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["label"], 0))
-    right = jnp.argmax(logits, -1) == batch["label"]
-    confidence = jnp.max(jax.nn.softmax(logits), -1)
-    bins = jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1
-    gap = jnp.where(real, right - confidence, 0.0)
-    return {
-        "accuracy": jnp.sum(right & real, dtype=jnp.float32),
-        "confidence": jnp.sum(jnp.where(real, confidence, 0.0)),
-        "gap": jax.ops.segment_sum(gap, bins, CALIBRATION_BINS),
-        "loss": jnp.sum(jnp.where(real, loss, 0.0)),
-        "examples": jnp.sum(real, dtype=jnp.float32),
-    }
-
-
-def scores(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Means over the test set, [A], from the sums of `tally`, leaves [A, ...].
-
-    The expected calibration error is the mean over bins, weighted by their examples, of the
-    distance between accuracy and mean confidence. Weight times distance is `gap` over all examples.
-
-    Source: Guo et al. 2017, "On calibration of modern neural networks", s. 2.
-    """
-    examples = sums["examples"]
-    means = {name: sums[name] / examples for name in ("accuracy", "loss", "confidence")}
-    return {**means, "ece": np.abs(sums["gap"]).sum(axis=-1) / examples}
-
-
-def test_batches(
-    test_set: data.Dataset, size: int, prepared: Callable[[np.ndarray], Array]
-) -> Iterator[Batch]:
-    """The test set in batches of equal size; the last is padded with label -1."""
-    size = min(size, len(test_set))
-    for start in range(0, len(test_set), size):
-        indices = np.arange(start, start + size)
-        batch = test_set.batch(np.minimum(indices, len(test_set) - 1))
-        label = np.where(indices < len(test_set), batch["label"], -1)
-        yield {"image": prepared(batch["image"]), "label": label}
-
-
-def reestimation(model: Any, variables: PyTree) -> Callable[[PyTree, Array], PyTree]:
-    """How BatchNorm statistics are re-estimated; nothing to do for a model that has none."""
-    if "batch_stats" not in variables:
-        return lambda variables, images: variables
-
-    def seen(variables: PyTree, images: Array) -> PyTree:
-        return model.apply(variables, images, train=True, mutable=["batch_stats"])[1]["batch_stats"]
-
-    def reestimated(variables: PyTree, images: Array) -> PyTree:
-        momentum = models.BATCH_NORM_MOMENTUM
-        return align.reestimate_batch_stats(seen, variables, [images], momentum=momentum)
-
-    return reestimated
