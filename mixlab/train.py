@@ -351,35 +351,45 @@ FREE = (
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes the config into the folder, or checks that it is the one that ran there.
+    """Writes the config into the folder, or checks that it goes on with what ran there.
 
-    A config that could not be run has left nothing, so the mended one may take its place; and what
-    is `FREE` may change from start to start.
+    What is `FREE` may change from start to start, and so may the values that are swept: runs are
+    named by them, so that those there stay and others are added. A config that could not be run
+    has left nothing, so the mended one may take its place.
+
+    Raises:
+        ValueError: the folder holds runs of another config.
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config.to_dict()))
-    metrics = (workdir / "runs").glob("*/metrics.jsonl")
-    saved = (workdir / "runs").glob("*/checkpoints/step_*")
-    if not path.exists() or not (any(m.stat().st_size for m in metrics) or any(saved)):
-        workdir.mkdir(parents=True, exist_ok=True)
-        for failure in (workdir / "runs").glob("*/failed.json"):
-            shutil.rmtree(failure.parent)  # it holds no records
-        write_json(path, mine)
-        return
-    other = json.loads(path.read_text())
-    fields = sorted(k for k in {*mine, *other} if mine.get(k, "absent") != other.get(k, "absent"))
-    if fields and {*fields} <= {*FREE}:
-        write_json(path, mine)
-        return
-    if fields:
+    runs = list((workdir / "runs").glob("*"))
+    if path.exists() and any(_has_begun(run) for run in runs):
+        other = json.loads(path.read_text())
+        free = {*FREE}
+        if {*mine["sweep"]} == {*other["sweep"]}:
+            free |= {"sweep", "sweep_skip"}
+        fields = (k for k in {*mine, *other} if mine.get(k, "absent") != other.get(k, "absent"))
         lines = "".join(
             f"\n  {k}: {other.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} now"
-            for k in fields
+            for k in sorted({*fields} - free)
         )
-        raise ValueError(
-            f"{workdir} holds a run of another config:{lines}\n"
-            "Use another --workdir, or the same config to go on with that run."
-        )
+        if lines:
+            raise ValueError(
+                f"{workdir} holds a run of another config:{lines}\n"
+                "Use another --workdir, or the same config to go on with that run."
+            )
+    for run in runs:
+        if (run / "failed.json").exists() and not _has_begun(run):
+            shutil.rmtree(run)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, mine)
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether a run has left something to go on with."""
+    metrics = run / "metrics.jsonl"
+    recorded = metrics.exists() and metrics.stat().st_size > 0
+    return recorded or any((run / "checkpoints").glob("step_*"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -281,6 +281,30 @@ def test_a_config_that_could_not_run_does_not_hold_the_folder(tmp_path):
         run(tmp_path, model="mlp(hidden=(9,))", **short)
 
 
+def test_a_folder_takes_more_values_of_a_sweep_and_no_other_config(tmp_path):
+    config = get_config()
+    config.sweep.seed, config.sweep.strategy = (0, 1), ("dimat", "wa(typo=1)")
+    train.claim(tmp_path, config)
+    for name in ("0-dimat", "1-wa_typo_1"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "0-dimat" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "runs" / "1-wa_typo_1" / "failed.json").write_text("{}")
+
+    config.sweep.seed, config.sweep.strategy, config.devices = (0, 1, 2), ("dimat", "wa"), 1
+    train.claim(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["sweep"]["seed"] == [0, 1, 2]
+    assert [run.name for run in (tmp_path / "runs").iterdir()] == ["0-dimat"]
+
+    config.rounds = 7
+    with pytest.raises(ValueError, match="rounds: 2 there, 7 now") as raised:
+        train.claim(tmp_path, config)
+    assert "sweep" not in str(raised.value)
+    config.rounds = 2
+    del config.sweep["seed"]  # runs would be named otherwise
+    with pytest.raises(ValueError, match="sweep: "):
+        train.claim(tmp_path, config)
+
+
 def test_calibration_error_is_that_of_its_definition():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(40, 10)).astype(np.float32) * rng.uniform(0, 12, (40, 1))

@@ -199,7 +199,9 @@ class Topology:
         kind = (
             "symmetric"
             if self.symmetric
-            else ("doubly stochastic" if self.doubly_stochastic else "row-stochastic")
+            else "doubly stochastic"
+            if self.doubly_stochastic
+            else "row-stochastic (mixing moves the agents' mean)"
         )
         return (
             f"{self.name}: {self.num_agents} agents, "

@@ -40,7 +40,9 @@ def dpsgd(
     update_j)`, with updates at one's own x_i by any optimizer in the place of plain SGD.
 
     Args:
-        topology: who receives from whom, and the weights.
+        topology: who receives from whom, and the weights. Where they are not doubly stochastic
+            agents count by how much others listen to them, and the mean loss is not what is
+            minimised; the topology's text says so.
         order: "combine_then_adapt" (D-PSGD, CDSGD) or "adapt_then_combine" (diffusion).
         merge: a robust rule in the place of the weighted sum: `"median"`, `"krum(1)"`, ...
 
