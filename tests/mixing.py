@@ -3,19 +3,20 @@
 `python -m tests.mixing train FILE` writes what they hold then to FILE, arrays of NumPy's.
 """
 
+import functools
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab import agents, distributed
+from mixlab import agents, distributed, merge
 from mixlab.agents.parallel import parallel
 from tests.agents import tasks
 
 
 def mixed() -> dict[str, np.ndarray]:
-    """[12, 5] of agents that mixed on a ring, on a complete graph, and took the mean of all.
+    """[12, 5] of agents that mixed on a ring, on a complete graph, and took mean and median of all.
 
     And a layer [12, 7, 6] of what an evaluation makes of all, aligned and averaged.
     """
@@ -41,6 +42,7 @@ def mixed() -> dict[str, np.ndarray]:
         "ring": over(ring, agents.Network.mix),
         "complete": over(complete, agents.Network.mix),
         "mean": over(ring, agents.Network.mean),
+        "median": over(ring, functools.partial(agents.Network.mean, method=merge.median())),
         "consensus": where.get(where.compile(agreed)(models, {}, 0)),
     }
 

@@ -405,11 +405,14 @@ class Network:
             total = jnp.sum(present(x).astype(trees.wide(x.dtype)), axis=0)
             return (total / jnp.maximum(jnp.sum(chosen), 1).astype(total.dtype)).astype(x.dtype)
 
-        if method is not None:
-            return method(jax.tree.map(present, self.exchange(sent)), key=self.key)
-        if self.attack is not None:
-            return jax.tree.map(mean, self.exchange(sent))
-        return self.axis.reduce(mean, sent)
+        def merged(models: PyTree) -> PyTree:
+            assert method is not None
+            return method(jax.tree.map(present, models), key=self.key)
+
+        if self.attack is None and (method is None or method.entrywise):
+            return self.axis.reduce(mean if method is None else merged, sent)
+        everyone = self.exchange(sent)
+        return jax.tree.map(mean, everyone) if method is None else merged(everyone)
 
     def _count(self, kind: str, num_bytes: float, sent: Array, received: Array) -> None:
         ids = self.axis.ids

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mixlab import agents, align, models, trees
+from mixlab import agents, align, merge, models, trees
 from mixlab.agents.parallel import exchange_rounds, host_callbacks_are_safe
 from mixlab.bench import Options, PeerError, Report, import_peer, interleaved
 from mixlab.types import PyTree
@@ -345,7 +345,7 @@ def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, An
     )
     rounds_of = itertools.product((agents.wa, agents.dimat), topologies)
     # What is of all agents does not look at the graph.
-    of_all = itertools.product((_mean_of_all, _consensus), topologies[:2])
+    of_all = itertools.product((_mean_of_all, _median_of_all, _consensus), topologies[:2])
     for strategy, topology in itertools.chain(rounds_of, of_all):
         count, degree = topology.num_agents, int(topology.adjacency.sum(axis=1).max())
         own = strategy(topology)
@@ -363,7 +363,7 @@ def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, An
         held = where.per_block
         blocks = topology.adjacency.reshape(count // held, held, count // held, held).any((1, 3))
         rounds = exchange_rounds(blocks & ~np.eye(count // held, dtype=bool))
-        if own.name == "mean":
+        if own.name in ("mean", "median"):
             predicted = 3 * held * model
         elif own.name == "consensus":
             predicted = held * (3 * model + activations) + activations
@@ -385,15 +385,23 @@ def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, An
         }
 
 
-def _mean_of_all(topology: agents.Topology) -> agents.Strategy:
+def _mean_of_all(
+    topology: agents.Topology, name: str = "mean", method: merge.MergeMethod | None = None
+) -> agents.Strategy:
     """Everyone becomes the mean of all agents, whatever the graph."""
 
     def communicate(
         network: agents.Network, problem: agents.Problem, state: agents.AgentState
     ) -> agents.AgentState:
-        return state._replace(variables=network.mean(state.variables, "parameters"))
+        found = network.mean(state.variables, "parameters", method=method)
+        return state._replace(variables=found)
 
-    return agents.wa(topology)._replace(name="mean", communicate=communicate)
+    return agents.wa(topology)._replace(name=name, communicate=communicate)
+
+
+def _median_of_all(topology: agents.Topology) -> agents.Strategy:
+    """Everyone becomes the median of all agents, entry by entry."""
+    return _mean_of_all(topology, "median", merge.median())
 
 
 def _consensus(topology: agents.Topology) -> agents.Strategy:

@@ -36,10 +36,13 @@ class MergeMethod:
         measure: the decisions.
         combine: their application. Methods that make several models stack them: every leaf, the
             copied ones included, has a leading axis.
+        entrywise: whether each entry of the merged model depends on that entry of the models and
+            on nothing else, so that models may be merged piece by piece, each on another device.
     """
 
     measure: Callable[..., Plan]
     combine: Callable[..., PyTree]
+    entrywise: bool = dataclasses.field(default=False, kw_only=True)
 
     def __call__(
         self,

@@ -417,7 +417,7 @@ def _coordinate_rule(
         opened = core.open_models(models, base)
         return opened.write(opened.leaves.map(merge).read)
 
-    return core.MergeMethod(measure, combine)
+    return core.MergeMethod(measure, combine, entrywise=True)
 
 
 def _distance_rule(num_byzantine: int, decide: Callable[[Array], Plan]) -> core.MergeMethod:
