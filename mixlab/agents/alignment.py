@@ -1,7 +1,8 @@
 """Agents brought into one order of their hidden units, within a program over the agent axis.
 
-`match` compares every agent with some others; `spanning_forest` and `to_one_order` bring all
-agents into the order of one, over the edges of their graph.
+`match` compares every agent with some others, `match_neighbours` with those it hears of;
+`spanning_forest` and `to_one_order` bring all agents into the order of one, over the edges of their
+graph.
 """
 
 import dataclasses
@@ -167,6 +168,92 @@ def match(
         symmetry=symmetry,
     )
     return axis.each(jax.vmap(find))(total)
+
+
+def match_neighbours(
+    network: Network,
+    problem: Problem,
+    matching: Matching,
+    own: PyTree,
+    arrived: Fetched,
+) -> align.Permutations:
+    """Matches every agent with all those it receives from.
+
+    Args:
+        network: who that is, and how they are seen.
+        problem: as for `match`.
+        matching: as for `match`.
+        own: variables of the block's agents, leaves [k, ...].
+        arrived: what `Network.broadcast` gave of them.
+
+    Returns:
+        Leaves [k, m, ...], in the order of `neighbour_slots` without the agent itself.
+    """
+    axis, slots = network.axis, neighbour_slots(network.adjacency)[0][:, 1:]
+    others = Fetched(arrived.pool, arrived.rows[:, 1:])
+    seen_as_they_are = network.late is None and network.attack is None
+    both_ways = network.lost is None and (network.adjacency == network.adjacency.T).all()
+    on_shared = matching.by == "activations" and not problem.local
+    if not (seen_as_they_are and both_ways and on_shared):
+        shown = None if seen_as_they_are else arrived.column(0)
+        return match(
+            axis, problem, matching, own, others, lambda tree: axis.fetch(tree, slots), shown=shown
+        )
+
+    # Both agents of a pair would find the same: one does, and the other takes the inverse.
+    does = share_pairs(network.adjacency)
+    partners = neighbour_slots(does)[0][:, 1:]
+    found = match(axis, problem, matching, own, others, lambda tree: axis.fetch(tree, partners))
+    ids = np.arange(len(does))[:, None]
+    mine = does[ids, slots]
+    finder, partner = np.where(mine, ids, slots), np.where(mine, slots, ids)
+    place = np.argmax(partners[finder] == partner[..., None], axis=-1)
+    at = axis.fetch(found, finder)
+    symmetry = matching.symmetry(problem)
+
+    def answer(row: Array, place: Array, mine: Array) -> align.Permutations:
+        there = jax.tree.map(lambda x: x[row, place], at.pool)
+        back = symmetry.inverse(there)
+        return jax.tree.map(lambda x, y: jnp.where(mine, x, y), there, back)
+
+    here = (jnp.asarray(table)[axis.ids] for table in (place, mine))
+    return axis.each(jax.vmap(answer))(at.rows, *here)
+
+
+def share_pairs(adjacency: np.ndarray) -> np.ndarray:
+    """Gives each pair of neighbours to one of the two, so that nobody has more than it must.
+
+    Args:
+        adjacency: bool [A, A], symmetric.
+
+    Returns:
+        bool [A, A], whether agent i does the pair with j; the largest row sum is the least
+        possible.
+    """
+    pairs = np.argwhere(np.triu(adjacency))
+    number, count = len(pairs), len(adjacency)
+    least = -(-number // count)
+    # On a ring everyone takes the next: one model from one other is all that travels.
+    ahead = (np.arange(count) - np.arange(count)[:, None]) % count
+    second = np.tri(count, dtype=bool)
+    does = adjacency & ((2 * ahead < count) | ((2 * ahead == count) & ~second))
+    if does.sum(axis=1).max() <= least:
+        return does
+    # A flow from a source over the pairs and their two agents to a sink; each agent lets `most` by.
+    nodes, agent, sink = np.arange(1, number + 1), number + 1 + pairs, number + 1 + count
+    start = np.concatenate([np.zeros(number, int), nodes, nodes, number + 1 + np.arange(count)])
+    stop = np.concatenate([nodes, *agent.T, np.full(count, sink)])
+    for most in range(least, count):
+        capacity = np.r_[np.ones(3 * number, np.int32), np.full(count, most, np.int32)]
+        graph = scipy.sparse.csr_array((capacity, (start, stop)), shape=(sink + 1, sink + 1))
+        found = scipy.sparse.csgraph.maximum_flow(graph, 0, sink)
+        if found.flow_value == number:
+            break
+    first = np.asarray(found.flow[nodes, agent[:, 0]]).ravel() > 0
+    i, j = np.where(first, pairs.T, pairs.T[::-1])
+    does = np.zeros_like(adjacency)
+    does[i, j] = True
+    return does
 
 
 class Forest(NamedTuple):

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from mixlab import agents, align, merge, models, trees
+from mixlab.agents.alignment import share_pairs
 from mixlab.agents.parallel import exchange_rounds, host_callbacks_are_safe
 from mixlab.bench import Options, PeerError, Report, import_peer, interleaved
 from mixlab.types import PyTree
@@ -368,8 +369,14 @@ def _memory(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, An
         elif own.name == "consensus":
             predicted = held * (3 * model + activations) + activations
         elif own.name == "dimat":
-            reached = held * (1 + min(len(rounds), count // held - 1))
-            predicted = reached * (model + activations) + held * degree * (model + moments)
+            does = share_pairs(topology.adjacency)
+            to_match = does.reshape(blocks.shape[0], held, -1, held).any((1, 3))
+            asked = exchange_rounds(to_match & ~np.eye(len(blocks), dtype=bool))
+            models, views = (
+                held * (1 + min(len(some), len(blocks) - 1)) for some in (rounds, asked)
+            )
+            predicted = models * model + views * activations
+            predicted += held * (degree * model + does.sum(axis=1).max() * moments)
         elif degree + 1 <= count / 4:
             predicted = held * (1 + len(rounds)) * model
         else:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mixlab import agents, align
+from mixlab.agents import alignment
+from mixlab.agents.network import neighbour_slots
 from tests.agents import tasks
 from tests.reference import decentral
 
@@ -254,6 +256,40 @@ def test_matching_by_parts_or_by_weights(options):
     found, _ = triangle(**options)
     expected, _ = triangle()
     tasks.assert_trees(found(variables).variables, expected(variables).variables)
+
+
+@pytest.mark.parametrize("text", ["ring", "complete", "star", "erdos_renyi(p=0.5)", "disconnected"])
+def test_pairs_are_shared_out_evenly(text):
+    for size in (1, 2, 5, 8):
+        graph = agents.topology.parse(text, size)
+        does = alignment.share_pairs(graph.adjacency)
+        np.testing.assert_array_equal(does ^ does.T, graph.adjacency)
+        assert not (does & does.T).any()
+        assert does.sum(1).max() == -(-graph.adjacency.sum() // 2 // size)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_pair_matched_once_is_as_one_matched_by_both(devices):
+    graph = agents.topology.parse("erdos_renyi(p=0.6, seed=2)", 6)
+    slots, valid = neighbour_slots(graph.adjacency)
+    assert not valid.all()
+    problem, how = tasks.mlp_problem(), alignment.Matching()
+    where = agents.parallel(6, num_devices=devices)
+
+    def program(axis, variables, held, weights):
+        network = agents.Network(axis, weights, graph.adjacency, jax.random.key(0), jnp.int32(0))
+        arrived = network.broadcast(variables)
+        others = arrived._replace(rows=arrived.rows[:, 1:])
+        everyone = alignment.match(
+            axis, problem, how, variables, others, lambda tree: axis.fetch(tree, slots[:, 1:])
+        )
+        return everyone, alignment.match_neighbours(network, problem, how, variables, arrived)
+
+    weights = where.replicate(np.asarray(graph.weights, np.float32))
+    each, once = where.get(where.compile(program)(where.put(tasks.mlps(6)), {}, weights))
+    for name, found in once.items():
+        np.testing.assert_array_equal(found[valid[:, 1:]], each[name][valid[:, 1:]])
+        assert any((p != np.arange(len(p))).any() for p in found[valid[:, 1:]])
 
 
 def test_agents_with_images_of_their_own_match_on_these():

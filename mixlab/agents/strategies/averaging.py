@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from mixlab import merge as merging
 from mixlab import spec
 from mixlab.agents import alignment
-from mixlab.agents.network import Network, kind_of, neighbour_slots
+from mixlab.agents.network import Network, kind_of
 from mixlab.agents.parallel import Axis, Fetched
 from mixlab.agents.strategies import core
 from mixlab.agents.strategies.core import AgentState, Problem, Strategy
@@ -162,7 +162,8 @@ def dimat(
     Every round each agent matches its neighbours' hidden units to its own, permutes them, and
     takes the weighted mean; then BatchNorm statistics are re-estimated. All agents merge from the
     same snapshot. Images that all agents share are seen once by each model, for all pairs that it
-    takes part in; where every agent has its own, it runs its neighbours' models on them.
+    takes part in, and each pair is matched once; where every agent has its own, it runs its
+    neighbours' models on them.
 
     Args:
         topology: who receives from whom, and the weights.
@@ -192,16 +193,8 @@ def dimat(
         how.symmetry(problem)  # what is lacking is said before anything is computed
         variables = alignment.reestimated(network.axis, problem, state.variables)
         own, arrived = _sent(network, state._replace(variables=variables), opt_state)
-        faithful = network.late is None and network.attack is None
-        permutations = alignment.match(
-            network.axis,
-            problem,
-            how,
-            variables,
-            Fetched(arrived.pool["variables"], arrived.rows[:, 1:]),
-            lambda tree: network.axis.fetch(tree, neighbour_slots(network.adjacency)[0][:, 1:]),
-            shown=None if faithful else arrived.column(0)["variables"],
-        )
+        of_variables = Fetched(arrived.pool["variables"], arrived.rows)
+        permutations = alignment.match_neighbours(network, problem, how, variables, of_variables)
         return own, arrived, permutations
 
     def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
