@@ -232,7 +232,7 @@ def read_agents(path: str | Path, like: PyTree, num_agents: int) -> tuple[PyTree
     Raises:
         ValueError: nothing there can be read, or it has other leaves or shapes.
     """
-    found = distributed.once(lambda: _read_agents(path, like, num_agents))
+    found = distributed.once(lambda: _read_agents(path, like))
     before = distributed.share(found and trees.leading_size(found))
     wanted = jax.tree.map(lambda x: np.empty((num_agents, *x.shape[1:]), x.dtype), like)
     if found is not None:
@@ -251,7 +251,7 @@ def _range(start: int, stop: int, one: str, several: str) -> str:
     return f"agents {start} to {stop - 1} {several}"
 
 
-def _read_agents(path: str | Path, like: PyTree, num_agents: int) -> PyTree:
+def _read_agents(path: str | Path, like: PyTree) -> PyTree:
     tree, is_run = _read(path)
     if not is_run:
         raise ValueError(f"{path} is a model, not a run; give the folder of a run")

@@ -96,7 +96,7 @@ class Run(NamedTuple):
 class Failure(NamedTuple):
     """A run that ended before its time: its name, why, after which step, and its config.
 
-    The last two are None where it did not come so far.
+    The last two are None where it failed before they were known.
     """
 
     name: str

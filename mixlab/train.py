@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from mixlab import distributed, report, spec
 from mixlab.checkpoint import Checkpoints, read_agents
-from mixlab.experiment import NAMED, Carry, Experiment, check, prepare
+from mixlab.experiment import Carry, Experiment, check, prepare
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
 
@@ -71,7 +71,7 @@ def run_variant(
 ) -> None:
     """Runs one of the `variants` in `workdir`, or goes on with it; see `train`.
 
-    What ends it before its time is told in `failed.json`, beside its records.
+    Why a run failed is written to `failed.json`, beside its records.
 
     Args:
         runs: all of them; the number of this one among them orders the report.
@@ -148,11 +148,11 @@ def _run(
         clock = _Clock(meta["seconds"])
         line = ProgressLine(title, total, config.agents * config.batch_size)
 
-        def check(carry: Carry) -> None:
+        def check_finite(carry: Carry) -> None:
             _check_finite(parallel.get(carry.state.failed_at), checkpoints.steps())
 
-        def save(step: int) -> None:
-            check(carry)
+        def save(step: int, carry: Carry) -> None:
+            check_finite(carry)
             held = parallel.get(carry)
             with clock("save"):
                 meta = {"metrics_bytes": metrics.num_bytes, "seconds": clock.seconds}
@@ -211,18 +211,18 @@ def _run(
             if line.due(step + 1):  # other processes find other times due: nothing is exchanged
                 totals = parallel.get_local(carry.totals)
                 if jax.process_count() == 1:
-                    check(carry)
+                    check_finite(carry)
                 steps = np.maximum(totals["steps"], 1)
                 line.show(step + 1, float(np.mean(totals["accuracy"] / steps)))
             if ends_phase(step + 1):
                 with clock("local"):
                     jax.block_until_ready(carry)
-                check(carry)
+                check_finite(carry)
                 record(step + 1, "local", carry)
                 carry = carry._replace(totals=jax.tree.map(jnp.zeros_like, carry.totals))
             stop = terminated()
             if is_checkpoint(step + 1) or stop:
-                save(step + 1)
+                save(step + 1, carry)
             if stop:
                 checkpoints.wait()
                 raise Stopped(f"{title}: stopped after step {step + 1} of {total}, all saved")
@@ -303,7 +303,6 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
     for field in {field for skip in skips for field in skip} - set(sweep):
         raise ValueError(f"sweep_skip names {field!r}, which is not swept; swept: {list(sweep)}")
     found: dict[str, ConfigDict] = {}
-    checked: list[dict[str, Any]] = []
     for combination in itertools.product(*sweep.values()):
         chosen = dict(zip(sweep, combination, strict=True))
         if any(all(_agrees(chosen[k], wanted) for k, wanted in skip.items()) for skip in skips):
@@ -317,13 +316,10 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         if name in found:
             raise ValueError(f"two runs of the sweep would both be called {name!r}")
         found[name] = variant
-        named = {field: variant[field] for field in ("agents", *NAMED)}
-        if named not in checked:
-            checked.append(named)
-            try:
-                check(variant)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"{name}: {error}" if chosen else str(error)) from error
+        try:
+            check(variant)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}" if chosen else str(error)) from error
     if not found:
         raise ValueError("sweep_skip leaves no run")
     return found

@@ -133,5 +133,16 @@ def norm(tree: PyTree) -> Array:
     total = jnp.zeros((), jnp.float32)
     for leaf in jax.tree.leaves(tree):
         if is_inexact(leaf):
-            total = total + jnp.sum(jnp.square(jnp.abs(leaf.astype(jnp.float32))))
+            wider = jnp.asarray(leaf).astype(wide(jnp.result_type(leaf)))
+            total = total + jnp.sum(jnp.square(jnp.abs(wider)))
     return jnp.sqrt(total)
+
+
+def along(vector: Array, leaf: Array) -> Array:
+    """A vector [k], shaped to broadcast against a leaf [k, ...]."""
+    return vector.reshape(vector.shape + (1,) * (leaf.ndim - 1))
+
+
+def where(chosen: Array, then: PyTree, otherwise: PyTree) -> PyTree:
+    """Where `chosen`, bool [k], the first tree, elsewhere the other; leaves [k, ...]."""
+    return jax.tree.map(lambda x, y: jnp.where(along(chosen, x), x, y), then, otherwise)

@@ -2,7 +2,7 @@
 
 from mixlab.agents import attacks, compression, faults, partition, topology
 from mixlab.agents.network import Message, Network, mix
-from mixlab.agents.parallel import Axis, Parallel, force_cpu_devices, parallel
+from mixlab.agents.parallel import BACKENDS, PER_DEVICE, Axis, Parallel, force_cpu_devices, parallel
 from mixlab.agents.strategies import (
     AgentState,
     Consensus,
@@ -55,6 +55,8 @@ from mixlab.agents.topology import (
 )
 
 __all__ = [
+    "BACKENDS",
+    "PER_DEVICE",
     "AgentState",
     "Axis",
     "Consensus",

@@ -49,7 +49,7 @@ class Attack:
                 return leaf
             honest = leaf.astype(trees.wide(leaf.dtype))
             sent = self.leaf(trees.name_key(key, name), honest, byzantine)
-            return jnp.where(_rows(byzantine, leaf), sent.astype(leaf.dtype), leaf)
+            return jnp.where(trees.along(byzantine, leaf), sent.astype(leaf.dtype), leaf)
 
         return trees.map_named(replace, messages)
 
@@ -148,7 +148,7 @@ def alie(tau: float | None = None) -> Attack:
 
     def leaf(key: Key, x: Array, byzantine: Array) -> Array:
         mean, honest = _mean(x, byzantine), jnp.sum(~byzantine)
-        squares = jnp.where(_rows(byzantine, x), 0, jnp.square(jnp.abs(x - mean)))
+        squares = jnp.where(trees.along(byzantine, x), 0, jnp.square(jnp.abs(x - mean)))
         degrees = jnp.maximum(honest - 1, 1).astype(squares.dtype)
         deviation = jnp.sqrt(jnp.sum(squares, axis=0) / degrees)
         return mean + _hidden(byzantine).astype(squares.dtype) * deviation
@@ -263,11 +263,7 @@ def _carried(height: int, width: int, time: float) -> tuple[np.ndarray, np.ndarr
 def _mean(x: Array, byzantine: Array) -> Array:
     """The mean of the honest rows, zero where there are none."""
     honest = jnp.maximum(jnp.sum(~byzantine), 1)
-    return jnp.sum(jnp.where(_rows(byzantine, x), 0, x), axis=0) / honest.astype(x.real.dtype)
-
-
-def _rows(byzantine: Array, x: Array) -> Array:
-    return byzantine.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.sum(jnp.where(trees.along(byzantine, x), 0, x), axis=0) / honest.astype(x.real.dtype)
 
 
 ATTACKS: dict[str, Callable[..., Attack | DataAttack]] = {

@@ -179,7 +179,7 @@ def none(num_agents: int) -> Faults:
 
 
 def dropout(num_agents: int, p: float, *, rounds: int = 1) -> Faults:
-    """Agents drop out at random and return late, with what they had.
+    """Agents drop out at random and return later, with what they had.
 
     Args:
         num_agents: A.
@@ -295,7 +295,7 @@ def byzantine(
     Args:
         num_agents: A.
         count: how many, chosen by the key.
-        agents: which, in the place of `count`.
+        agents: which, instead of `count`.
         attack: what they do, see `mixlab.agents.attacks`: `"alie"`, `"ipm(tau=0.1)"`, ...
 
     Raises:
@@ -303,7 +303,7 @@ def byzantine(
             not so many agents, or not these, or none is left that is honest.
     """
     if (count is None) == (agents is None):
-        raise ValueError("byzantine takes either count= or agents=, one of them")
+        raise ValueError("byzantine takes exactly one of count= and agents=")
     if count is not None and not 0 <= count <= num_agents:
         raise ValueError(f"byzantine takes a count of 0 to {num_agents} agents, got {count}")
     given = None if agents is None else _mask(num_agents, agents, "byzantine")

@@ -29,7 +29,7 @@ class Message(NamedTuple):
 
     Attributes:
         kind: "parameters", "statistics" (of BatchNorm), "gradients", "data" or "activations".
-        num_bytes: the size of one, as one agent sends it to one other.
+        num_bytes: of one message, from one agent to one other.
     """
 
     kind: str
@@ -94,7 +94,7 @@ class Network:
         if self.awake is None:
             return new
         here = self.awake[self.axis.ids]
-        return jax.tree.map(lambda x, y: jnp.where(_along(here, x), x, y), new, old)
+        return trees.where(here, new, old)
 
     def received(self) -> tuple[Array, tuple[PyTree, ...]]:
         """What this step or round left: int32 [k, messages, 2] sent and received, the outbox."""
@@ -148,7 +148,7 @@ class Network:
 
         Returns:
             In the order of `neighbour_slots`: of an agent that is late what it sent last, of a
-            Byzantine one what it pretends. First comes what an agent itself shows to the others;
+            Byzantine one its forged message. First comes what an agent itself shows to the others;
             use its own value for itself.
         """
         slots, _ = neighbour_slots(self.adjacency)
@@ -181,7 +181,7 @@ class Network:
             tree: leaves [k, ...] of the block.
 
         Returns:
-            Leaves [A, ...]: of a Byzantine agent what it pretends.
+            Leaves [A, ...]: of a Byzantine agent its forged message.
         """
         everyone = self.axis.gather(tree)
         if self.attack is None or self.byzantine is None:
@@ -225,7 +225,7 @@ class Network:
 
         def own(x: Array) -> Array:
             wide = trees.wide(x.dtype)
-            return _along(mine.astype(wide), x) * x.astype(wide)
+            return trees.along(mine.astype(wide), x) * x.astype(wide)
 
         def from_neighbours(x: Array, *others: Array) -> Array:
             if not trees.is_inexact(x):
@@ -234,9 +234,9 @@ class Network:
             for s, other in enumerate(others, 1):
                 j = jnp.asarray(slots)[ids, s]
                 weight = jnp.where(jnp.asarray(valid)[ids, s], rows[jnp.arange(len(ids)), j], 0)
-                part = _along(weight.astype(total.dtype), x) * other.astype(total.dtype)
+                part = trees.along(weight.astype(total.dtype), x) * other.astype(total.dtype)
                 # Zero times infinity is NaN; see `_weighted`.
-                total += jnp.where(_along(weight > 0, x), part, 0)
+                total += jnp.where(trees.along(weight > 0, x), part, 0)
             return total.astype(x.dtype)
 
         if sparse:
@@ -292,7 +292,7 @@ class Network:
         def one(row: Array, silent: Array, mine: PyTree) -> PyTree:
             own_instead = silent.at[0].set(True)
             return jax.tree.map(
-                lambda x, all_: jnp.where(_along(own_instead, all_[row]), x[None], all_[row]),
+                lambda x, all_: jnp.where(trees.along(own_instead, all_[row]), x[None], all_[row]),
                 mine,
                 arrived.pool,
             )
@@ -353,7 +353,7 @@ class Network:
         Args:
             tree: leaves [k, ...] of the block.
             kind: see `Message`.
-            method: merge by this instead of the mean; who does not count is as zeros.
+            method: merge by this instead of the mean; who is left out enters as zeros.
             among: bool [A], who counts, of those that are awake; all by default.
 
         Returns:
@@ -373,7 +373,7 @@ class Network:
     def upload(
         self, variables: PyTree, senders: Array, *, method: MergeMethod | None = None
     ) -> PyTree:
-        """Gives the mean of what some agents send to agent 0, a server; the same for everyone.
+        """The mean of what the senders deliver to agent 0, a server; the same on all devices.
 
         Args:
             variables: leaves [k, ...] of the block, by collection.
@@ -397,7 +397,7 @@ class Network:
         sent = self._as_sent(tree)
 
         def present(x: Array) -> Array:
-            return jnp.where(_along(chosen, x), x, jnp.zeros((), x.dtype))
+            return jnp.where(trees.along(chosen, x), x, jnp.zeros((), x.dtype))
 
         def mean(x: Array) -> Array:
             if not trees.is_inexact(x):
@@ -434,9 +434,7 @@ class Network:
             if self.outbox is not None:
                 before, any_before = self.outbox[len(self._sent)]
                 old = (self.late[ids] | absent) & any_before
-                tree = jax.tree.map(
-                    lambda old_, x: jnp.where(_along(old, x), old_, x), before, tree
-                )
+                tree = trees.where(old, before, tree)
                 sent |= any_before
             self._sent.append((tree, sent))
         return tree
@@ -524,8 +522,3 @@ def _size(tree: PyTree) -> float:
     """Bytes of one agent's floating leaves, of leaves [k, ...]."""
     floating = [leaf for leaf in jax.tree.leaves(tree) if trees.is_inexact(leaf)]
     return trees.num_bytes(floating) / trees.leading_size(tree) if floating else 0.0
-
-
-def _along(vector: Array, leaf: Array) -> Array:
-    """A vector [k] shaped to broadcast against a leaf [k, ...]."""
-    return vector.reshape(vector.shape + (1,) * (leaf.ndim - 1))

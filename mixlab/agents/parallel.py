@@ -34,6 +34,7 @@ from mixlab import trees
 from mixlab.types import Array, PyTree
 
 BACKENDS = ("loop", "vmap", "pmap")
+PER_DEVICE = ("auto", "loop", "vmap")
 _DEVICES = "devices"  # pmap's axis name; every collective of this module reduces over it
 
 
@@ -391,8 +392,8 @@ def parallel(
         raise ValueError(f"agents must be at least 1, got {num_agents}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if per_device not in ("auto", "loop", "vmap"):
-        raise ValueError(f"per_device must be auto, loop or vmap, got {per_device!r}")
+    if per_device not in PER_DEVICE:
+        raise ValueError(f"per_device must be one of {', '.join(PER_DEVICE)}, got {per_device!r}")
     processes = jax.process_count()
     if backend != "pmap":
         if per_device not in ("auto", backend):

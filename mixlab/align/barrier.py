@@ -53,7 +53,7 @@ def barrier(
             `models = (reference, other)` and `weights = [1 - t, t]`, such as
             `lambda merged, models, weights: repair(fn, merged, models, batches, weights=weights)`
             or `lambda merged, *_: reestimate_batch_stats(train, merged, batches)`.
-        more_is_better: the metrics whose barrier is a fall.
+        more_is_better: the metrics of which more is better; their barrier is a fall.
 
     Returns:
         A `Barrier` for each of the others. Models are interpolated in float32 or wider and have

@@ -123,8 +123,7 @@ def to_dtype(x: Array, dtype: Any) -> Array:
 
 def along_batch(x: Any, like: Array) -> Array:
     """Reshapes [B] to [B, 1, 1, ...] with the rank of `like`."""
-    x = jnp.asarray(x)
-    return x.reshape(x.shape[:1] + (1,) * (like.ndim - 1))
+    return trees.along(jnp.asarray(x), like)
 
 
 def check_probability(name: str, value: float) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from mixlab import agents, align, merge, models, trees
-from mixlab.agents.alignment import share_pairs
 from mixlab.agents.parallel import exchange_rounds, host_callbacks_are_safe
+from mixlab.agents.strategies.alignment import share_pairs
 from mixlab.bench import Options, PeerError, Report, import_peer, interleaved
 from mixlab.types import PyTree
 

@@ -36,7 +36,11 @@ def middle(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def probe(path: pathlib.Path) -> tuple[tuple[int, int], bool]:
-    """Reads the header of an image file: (H, W) and whether it has colour."""
+    """Reads the header of an image file: (H, W) and whether it has colour.
+
+    Raises:
+        ValueError: it is no image, or its pixels are not 8-bit grey or colour.
+    """
     with _open(path) as image:
         if image.mode not in _GREY + _COLOUR:
             raise ValueError(
@@ -47,7 +51,11 @@ def probe(path: pathlib.Path) -> tuple[tuple[int, int], bool]:
 
 
 def read(path: pathlib.Path, colour: bool) -> np.ndarray:
-    """Decodes an image file to uint8 [H, W, 3], or [H, W, 1] without `colour`."""
+    """Decodes an image file to uint8 [H, W, 3], or [H, W, 1] without `colour`.
+
+    Raises:
+        ValueError: it is no image, or damaged.
+    """
     with _open(path) as image:
         try:
             pixels = np.asarray(image.convert("RGB" if colour else "L"))

@@ -33,13 +33,13 @@ def default_config() -> ConfigDict:
     config.partition = "iid"
     config.strategy = "dimat"
     config.same_init = False
-    # Where agents are compared, BatchNorm re-estimated: "proxy", so many training images that all
-    # agents hold; "local", as many of each agent's own; "global", the whole training set.
+    # Where agents are compared, BatchNorm re-estimated: "proxy", `matching_examples` training
+    # images that all agents hold; "local", as many of each agent's own; "global", all of them.
     config.matching_data = "proxy"
     config.matching_examples = 1000
     config.faults = "none"  # see mixlab.agents.faults
     config.start_from = config_dict.placeholder(str)  # folder of a run: its agents, cloned in turn
-    # Durations. An epoch is as many steps as the mean agent needs to see its part once.
+    # Durations. An epoch is the mean, over agents, of the steps needed to see a part once.
     config.pretrain_epochs = 0
     config.rounds = 10
     config.epochs_per_round = 1
@@ -80,24 +80,10 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 """What `config.optimizer` may name: optax's own optimizers, transformations and schedules."""
 
 
-MATCHING_DATA = ("global", "local", "proxy")
-
-
-NAMED = (
-    "topology",
-    "strategy",
-    "faults",
-    "partition",
-    "model",
-    "optimizer",
-    "augment",
-    "preprocess",
-)
-"""Fields whose text is built into something, see `check`."""
-
-
 def check(config: ConfigDict) -> None:
-    """Builds what the fields of `NAMED` describe, which costs little, and forgets it.
+    """Refuses values that cannot be used, before any data is loaded.
+
+    What texts describe is built, which costs little, and forgotten.
 
     Raises:
         ValueError: a field names something unknown, or has a value that cannot be used.
@@ -106,6 +92,15 @@ def check(config: ConfigDict) -> None:
     for field, least in _LEAST.items():
         if config[field] is not None and config[field] < least:
             raise ValueError(f"{field} must be at least {least}, got {config[field]}")
+    durations = (config.pretrain_epochs, config.rounds)
+    if min(durations) < 0 or max(durations) < 1:
+        raise ValueError(
+            "pretrain_epochs and rounds must be at least 0 and not both 0, got "
+            f"{durations[0]} and {durations[1]}"
+        )
+    for field, known in _CHOICES.items():
+        if config[field] not in known:
+            raise ValueError(f"{field} must be one of {', '.join(known)}, got {config[field]!r}")
     agents.parse(config.strategy, agents.topology.parse(config.topology, config.agents))
     agents.faults.parse(config.faults, config.agents)
     agents.partition.parse(config.partition)
@@ -120,13 +115,21 @@ _LEAST = {
     "batch_size": 1,
     "checkpoint_every_steps": 1,
     "devices": 1,
+    "epochs_per_round": 1,
     "eval_batch_size": 1,
     "keep_checkpoints": 2,  # see mixlab.checkpoint.Checkpoints
     "matching_examples": 1,
     "memory_bytes": 0,
     "seed": 0,
 }
-"""Below which numbers fields make no sense; None is not asked for."""
+"""Below which numbers fields make no sense; None is not checked."""
+
+_CHOICES = {
+    "backend": agents.BACKENDS,
+    "matching_data": ("global", "local", "proxy"),
+    "per_device": agents.PER_DEVICE,
+}
+"""What fields may say that take one of a few words."""
 
 
 def datasets(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:

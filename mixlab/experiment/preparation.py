@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mixlab import agents, align, augment, data, models, spec
 from mixlab.agents.parallel import host_callbacks_are_safe, whole_axis
-from mixlab.experiment.config import MATCHING_DATA, OPTIMIZERS, check, datasets
+from mixlab.experiment.config import OPTIMIZERS, check, datasets
 from mixlab.experiment.scoring import reestimation, scores, tally, test_batches
 from mixlab.types import Array, Batch, Key, PyTree
 
@@ -57,7 +57,7 @@ class Experiment(NamedTuple):
         test: `test(variables) -> dict` of the accuracy, loss, confidence (mean of the largest
             probability) and ece (expected calibration error) of every agent, each [A].
         consensus: `consensus(variables) -> dict` of the accuracies, calibration error and
-            distances of consensus; empty for one agent, who has nobody to agree with.
+            distances of consensus; empty for one agent.
         traffic: `traffic(carry) -> dict` of the bytes that every agent has sent and received, by
             kind, and of its messages.
         about: what the report says of the set-up, as JSON can hold it.
@@ -91,12 +91,6 @@ def prepare(config: ConfigDict) -> Experiment:
         TypeError: a field gives an argument that what it names does not take.
         ModuleNotFoundError: the data set needs the extra `data`.
     """
-    durations = (config.pretrain_epochs, config.rounds)
-    if min(durations) < 0 or max(durations) < 1 or config.epochs_per_round < 1:
-        raise ValueError(
-            "pretrain_epochs and rounds must be at least 0 and not both 0, epochs_per_round at "
-            f"least 1; got {durations[0]}, {durations[1]} and {config.epochs_per_round}"
-        )
     check(config)
     key = jax.random.key(config.seed)
     init_key, train_key, match_key, sheet_key = jax.random.split(key, 4)
@@ -122,8 +116,10 @@ def prepare(config: ConfigDict) -> Experiment:
     augmentation = augment.parse(config.augment)
     preprocess = augment.parse(config.preprocess)
 
+    fixed_key = jax.random.key(0)  # training and evaluation preprocess alike, by chance as well
+
     def prepared(images: np.ndarray) -> Array:
-        return preprocess(key, {"image": jnp.asarray(images)})["image"]
+        return preprocess(fixed_key, {"image": jnp.asarray(images)})["image"]
 
     # 3. Model, optimizer, symmetries.
     model = models.parse(config.model, num_classes)
@@ -210,7 +206,7 @@ def prepare(config: ConfigDict) -> Experiment:
             mixing_key, own_key = jax.random.split(
                 jax.random.fold_in(jax.random.fold_in(shared["train_key"], now), agent)
             )
-            batch = preprocess(key, augmentation(mixing_key, batch))  # as in evaluation
+            batch = preprocess(fixed_key, augmentation(mixing_key, batch))
             if faults.data_attack is not None:
                 poisoned = faults.data_attack(jax.random.fold_in(own_key, 1), batch)
                 assert net.byzantine is not None
@@ -318,23 +314,6 @@ def prepare(config: ConfigDict) -> Experiment:
         time = number if strategy.every == "round" else number * round_steps  # the next step
         return {**shared, "time": np.int32(time), "round": np.int32(number)}
 
-    def traffic(carry: Carry) -> dict[str, Any]:
-        counts = parallel.get(carry.messages)
-        total: dict[str, Any] = {"bytes_sent": {}, "bytes_received": {}}
-        for kind, kinds in sent.items():
-            for i, message in enumerate(kinds):
-                for j, direction in enumerate(("bytes_sent", "bytes_received")):
-                    amount = counts[kind][:, i, j] * message.num_bytes
-                    sums = total[direction]
-                    sums[message.kind] = sums.get(message.kind, 0) + amount
-        total_messages = sum(
-            (c[..., 0].sum(axis=1) for c in counts.values()), np.zeros(config.agents, int)
-        )
-        return {
-            direction: {name: sums.tolist() for name, sums in total[direction].items()}
-            for direction in total
-        } | {"messages": total_messages.tolist()}
-
     def test(variables: PyTree) -> dict[str, np.ndarray]:
         batches = stream() if resident is None else resident
         sums = [parallel.get(run_evaluate(variables, {}, batch)) for batch in batches]
@@ -354,24 +333,14 @@ def prepare(config: ConfigDict) -> Experiment:
         }
 
     # 5. What the report shows of all this.
-    spread = np.linspace(0, len(train_set) - 1, min(8, len(train_set))).astype(np.int64)
-    by_class = np.argsort(train_set.labels, kind="stable")
-    sample = train_set.batch(by_class[spread])
-    sample["label"] = np.eye(num_classes, dtype=np.float32)[sample["label"]]
-    mixed = jax.tree.map(np.asarray, jax.jit(augmentation.__call__)(sheet_key, sample))
+    happened = ""
+    if faults:
+        by_step = strategy.every in ("step", "always")
+        happened = faults.describe(fault_key, config.rounds, topology.adjacency, by_step=by_step)
     about = {
         "topology": str(topology),
         "weights": np.asarray(topology.weights).tolist(),
-        "faults": (
-            faults.describe(
-                fault_key,
-                config.rounds,
-                topology.adjacency,
-                by_step=strategy.every in ("step", "always"),
-            )
-            if faults
-            else ""
-        ),
+        "faults": happened,
         "byzantine": np.flatnonzero(faults.sample(fault_key, 0).byzantine).tolist(),
         "partition": agents.partition.counts(parts, train_set.labels, num_classes).tolist(),
         "class_names": list(train_set.class_names),
@@ -380,7 +349,6 @@ def prepare(config: ConfigDict) -> Experiment:
         "symmetry": {name: int(size) for name, size in symmetry.groups.items()},
         "steps_per_epoch": feed.steps_per_epoch,
     }
-    sheet = {"before": sample["image"], "image": mixed["image"], "label": mixed["label"]}
     return Experiment(
         parallel=parallel,
         strategy=strategy,
@@ -397,19 +365,14 @@ def prepare(config: ConfigDict) -> Experiment:
         ),
         test=test,
         consensus=test_consensus,
-        traffic=traffic,
+        traffic=lambda carry: _traffic(config.agents, parallel.get(carry.messages), sent),
         about=about,
-        sheet=sheet,
+        sheet=_sheet(train_set, augmentation, sheet_key),
     )
 
 
 def _matching_examples(config: ConfigDict, key: Key, parts: list[np.ndarray]) -> np.ndarray:
     """Indices of the examples on which agents are compared: int64 [n], or [A, n] if "local"."""
-    if config.matching_data not in MATCHING_DATA:
-        raise ValueError(
-            f"matching_data={config.matching_data!r} is unknown; "
-            f"{spec.nearest(config.matching_data, MATCHING_DATA)}"
-        )
     count = config.matching_examples
     if config.matching_data == "local":
         count = min(count, *map(len, parts))
@@ -422,6 +385,44 @@ def _matching_examples(config: ConfigDict, key: Key, parts: list[np.ndarray]) ->
     if config.matching_data == "global":
         return np.arange(total)
     return np.sort(np.asarray(jax.random.permutation(key, total)[: min(count, total)]))
+
+
+def _traffic(
+    num_agents: int, counts: dict[str, np.ndarray], sent: dict[str, list[agents.Message]]
+) -> dict[str, dict[str, list[float]] | list[int]]:
+    """What every agent has sent and received: bytes by kind, and the number of messages sent.
+
+    Args:
+        num_agents: A.
+        counts: `Carry.messages`, on the host.
+        sent: what the messages are, likewise by "step" and by "round".
+    """
+    total: dict[str, dict[str, Any]] = {"bytes_sent": {}, "bytes_received": {}}
+    for when, messages in sent.items():
+        for i, message in enumerate(messages):
+            for j, sums in enumerate(total.values()):
+                amount = counts[when][:, i, j] * message.num_bytes
+                sums[message.kind] = sums.get(message.kind, 0) + amount
+    bytes_of = {
+        direction: {kind: amount.tolist() for kind, amount in sums.items()}
+        for direction, sums in total.items()
+    }
+    number = np.zeros(num_agents, int)
+    for count in counts.values():
+        number += count[..., 0].sum(axis=1)
+    return {**bytes_of, "messages": number.tolist()}
+
+
+def _sheet(
+    train_set: data.Dataset, augmentation: augment.Augmentation, key: Key
+) -> dict[str, np.ndarray]:
+    """A few training images, of as many classes as there are, before and after augmentation."""
+    spread = np.linspace(0, len(train_set) - 1, min(8, len(train_set))).astype(np.int64)
+    by_class = np.argsort(train_set.labels, kind="stable")
+    sample = train_set.batch(by_class[spread])
+    sample["label"] = np.eye(train_set.num_classes, dtype=np.float32)[sample["label"]]
+    mixed = jax.tree.map(np.asarray, jax.jit(augmentation.__call__)(key, sample))
+    return {"before": sample["image"], "image": mixed["image"], "label": mixed["label"]}
 
 
 def _gradients(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab import trees
 from mixlab.merge import core, patterns, spectral
 from mixlab.types import Array, ArrayLike, PyTree
 
@@ -172,7 +173,7 @@ def merge_lora(
             )
         dtypes = {part: value.dtype for part, value in having[0][1].items()}
         wide = [
-            (share, {part: value.astype(core.wide(value.dtype)) for part, value in parts.items()})
+            (share, {part: value.astype(trees.wide(value.dtype)) for part, value in parts.items()})
             for share, parts in having
         ]
         if "delta" in dtypes:

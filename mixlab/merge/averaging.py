@@ -198,7 +198,7 @@ def running_average(
         return jnp.where(num_models == 0, 1, 1 - d)
 
     def widened(leaf: Array) -> Array:
-        return jnp.asarray(leaf, core.wide(leaf.dtype)) if trees.is_inexact(leaf) else leaf
+        return jnp.asarray(leaf, trees.wide(leaf.dtype)) if trees.is_inexact(leaf) else leaf
 
     def init(params: PyTree) -> Averaged:
         return Averaged(

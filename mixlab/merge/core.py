@@ -309,7 +309,7 @@ def open_models(models: PyTree, base: PyTree | None = None) -> Models:
         return None if leaves is None else leaves[0]
 
     specs = {
-        name: LeafSpec(spec.shape, wide(spec.dtype))
+        name: LeafSpec(spec.shape, trees.wide(spec.dtype))
         for name, spec in model_specs.items()
         if spec is not None and jnp.issubdtype(spec.dtype, jnp.inexact)
     }
@@ -419,12 +419,7 @@ def check_pair(num_models: int, what: str) -> None:
 
 def along_models(weights: Array, stacked: Array) -> Array:
     """Weights `[M]`, shaped and cast to multiply `stacked [M, ...]`."""
-    return weights.astype(stacked.dtype).reshape(-1, *[1] * (stacked.ndim - 1))
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype that a floating dtype is computed in: float32, or itself if it is wider."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+    return trees.along(weights.astype(stacked.dtype), stacked)
 
 
 def check_real(name: str, dtype: Any, what: str) -> None:

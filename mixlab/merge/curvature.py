@@ -157,7 +157,7 @@ def diagonal_fisher(
     for name, leaf in trees.named_leaves(params):
         if trees.is_inexact(leaf):
             core.check_real(name, jnp.result_type(leaf), "diagonal_fisher")
-            total[name] = jnp.zeros(jnp.shape(leaf), core.wide(jnp.result_type(leaf)))
+            total[name] = jnp.zeros(jnp.shape(leaf), trees.wide(jnp.result_type(leaf)))
     num_seen = 0
     for batch in inputs if isinstance(inputs, Iterator) else (inputs,):
         x, given = batch if labels == "empirical" else (batch, None)

@@ -258,7 +258,7 @@ def _gram_sums(
         core.check_real(name, kernel.dtype, "grams")
         rows = _rows(module, kernel, args[0] if args else kwargs["inputs"])
         if rows is not None:
-            rows = rows.astype(core.wide(kernel.dtype))
+            rows = rows.astype(trees.wide(kernel.dtype))
             gram = jnp.matmul(rows.T, rows, precision="highest")
             so_far, count = sums.get(name, (0.0, 0.0))
             sums[name] = (so_far + gram, count + len(rows))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mixlab.merge import core
+from mixlab.merge import core, geometry
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 _SMALL_NORM = 1e-8
@@ -129,7 +129,7 @@ def nuslerp(
                 "coefficients": jnp.where(is_arc, _arc(place, cosine, is_arc), straight),
             }
 
-        return {"leaves": _moved(opened).each(decide)}
+        return {"leaves": geometry.task_vectors(opened).each(decide)}
 
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
         def merge(name: str, pair: Array) -> Array:
@@ -180,7 +180,7 @@ def multislerp(weights: ArrayLike | None = None, *, normalize: bool = True) -> c
             scale = jnp.sum(w * norms) / jnp.where(has_direction, length, 1)
             return jnp.where(has_direction, scale * unit, w)
 
-        return {"coefficients": _moved(opened).each(decide)}
+        return {"coefficients": geometry.task_vectors(opened).each(decide)}
 
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
         def merge(name: str, stacked: Array) -> Array:
@@ -346,16 +346,8 @@ def _divisor(norm: Array, small: float) -> Array:
     return jnp.where(norm > small, norm, 1)
 
 
-def _moved(opened: core.Models) -> core.Leaves:
-    """The task vectors, or the models themselves where there is no base."""
-    bases = opened.base
-    if bases is None:
-        return opened.leaves
-    return opened.leaves.map(lambda name, stacked: stacked - bases.read(name))
-
-
 def _write_moved(opened: core.Models, merge: Callable[[str, Array], Array]) -> PyTree:
-    merged, bases = _moved(opened).map(merge), opened.base
+    merged, bases = geometry.task_vectors(opened).map(merge), opened.base
     if bases is None:
         return opened.write(merged.read)
     return opened.write(lambda name: bases.read(name) + merged.read(name))

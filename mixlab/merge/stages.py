@@ -183,7 +183,7 @@ def drop(
         elif rescale == "l1":
             before, after = (jnp.sum(jnp.abs(_flat(x)), axis=1) for x in (taus.values, values))
             factor = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
-            values = values * _rows(factor, values)
+            values = values * trees.along(factor, values)
         return taus._replace(values=values)
 
     return Stage("drop", measure, apply)
@@ -410,7 +410,7 @@ def fuse() -> Stage:
         total = jnp.sum(energies)
         shares = energies / jnp.where(total > 0, total, 1)
         agreed = elect.apply(plan, name, taus)
-        weighted = agreed.values * _rows(shares, agreed.values)
+        weighted = agreed.values * trees.along(shares, agreed.values)
         return mean.apply({}, name, TaskVectors(weighted, shares))
 
     return Stage("fuse", elect.measure, apply, reduces=True)
@@ -481,11 +481,6 @@ def _relative_rank(magnitude: Array, axis: int | None) -> Array:
     last = grouped.shape[along] - 1
     relative = (2 * ranks - last).astype(float) / max(last, 1)
     return relative.reshape(shape)
-
-
-def _rows(numbers: Array, values: Array) -> Array:
-    """Numbers `[M]`, shaped to be compared with or multiply `values [M, ...]`."""
-    return numbers.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def _flat(values: Array) -> Any:

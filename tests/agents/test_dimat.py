@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mixlab import agents, align
-from mixlab.agents import alignment
 from mixlab.agents.network import neighbour_slots
+from mixlab.agents.strategies import alignment
 from tests.agents import tasks
 from tests.reference import decentral
 

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 
 from mixlab import merge as merging
 from mixlab import spec
-from mixlab.agents import alignment
 from mixlab.agents.network import Network, kind_of
 from mixlab.agents.parallel import Axis, Fetched
-from mixlab.agents.strategies import core
+from mixlab.agents.strategies import alignment, core
 from mixlab.agents.strategies.core import AgentState, Problem, Strategy
 from mixlab.agents.topology import Topology
 from mixlab.align import Permutations

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mixlab import merge
+from mixlab import merge, trees
 from mixlab.agents.network import Network, kind_of
 from mixlab.agents.parallel import Axis
 from mixlab.agents.strategies import core
@@ -29,6 +29,9 @@ def data_parallel(topology: Topology, *, merge: str | merge.MergeMethod | None =
         merge: a rule in the place of the mean of gradients, as a parameter server would use
             against Byzantine workers: `"krum(2)"`, `"median"`, `"flag(rank=3)"`. The statistics
             are averaged then by the median.
+
+    Raises:
+        ValueError: an unknown rule.
     """
     method = core.method_of(merge)
     robust = core.method_of("median") if method is not None else None
@@ -67,7 +70,7 @@ def _caught_up(network: Network, state: AgentState) -> tuple[AgentState, Array]:
 
     def take(held: PyTree) -> PyTree:
         newest = axis.pick(held, first)
-        return core.where(behind[axis.ids], axis.each(lambda agent: newest)(axis.ids), held)
+        return trees.where(behind[axis.ids], axis.each(lambda agent: newest)(axis.ids), held)
 
     held = state.variables, state.opt_state, state.memory
     received = behind.astype(jnp.int32)

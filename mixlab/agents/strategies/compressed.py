@@ -31,7 +31,7 @@ def choco(
 
     Args:
         topology: with doubly stochastic weights that do not vary with time: a copy of an agent is
-            kept up to date by those alone who hear each of its messages.
+            kept up to date only by agents that receive its every message.
         compressor: what is sent of a difference, see `mixlab.agents.compression`.
         gamma: in (0, 1], the step of the gossip; the coarser the compressor, the smaller.
 

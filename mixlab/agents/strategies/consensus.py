@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mixlab import trees
-from mixlab.agents import alignment
 from mixlab.agents.parallel import Axis, Fetched
-from mixlab.agents.strategies import core
+from mixlab.agents.strategies import alignment, core
 from mixlab.agents.strategies.core import Problem
 from mixlab.align import Permutations
 from mixlab.types import Array, PyTree
@@ -69,8 +68,7 @@ def consensus(
         return symmetry.permute(there, own)
 
     def counted(x: Array) -> Array:
-        shape = (-1, *(1,) * (x.ndim - 1))
-        return jnp.where(among[axis.ids].reshape(shape), x, jnp.zeros((), x.dtype))
+        return jnp.where(trees.along(among[axis.ids], x), x, jnp.zeros((), x.dtype))
 
     def middle(x: Array) -> Array:
         if not trees.is_inexact(x):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from mixlab import align, merge, spec, trees
@@ -145,15 +144,6 @@ def with_model(state: AgentState, params: PyTree, batch_stats: PyTree) -> AgentS
     if batch_stats is not None:
         variables["batch_stats"] = batch_stats
     return state._replace(variables=variables)
-
-
-def where(chosen: Array, then: PyTree, otherwise: PyTree) -> PyTree:
-    """Of the agents that are `chosen`, bool [k], the first tree, of the rest the other."""
-
-    def leaf(a: Array, b: Array) -> Array:
-        return jnp.where(chosen.reshape(chosen.shape + (1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(leaf, then, otherwise)
 
 
 def broadcast_variables(network: Network, variables: PyTree) -> Fetched:

@@ -50,12 +50,13 @@ def fedavg(
 
     A client that is absent, or whose message is lost, is left out of the mean. Back again it gets
     the model at the end of that round, and is left out once more, since it began the round from
-    an older model. Agents hold equal numbers of examples as far as the mean is concerned.
+    an older model. The mean is unweighted, however many examples
+    an agent has.
 
     Args:
         topology: agent 0 is joined to all others, both ways, as in a star.
         fraction: in (0, 1], how many of the clients take part in a round, drawn anew for each;
-            rounded, one at least. The others neither train nor send.
+            rounded, but at least one. The others neither train nor send.
         merge: a robust rule in the place of the mean: `"median"`, `"krum(1)"`, ... A client
             that takes no part counts as one that changed nothing.
         opt_state: the client's, at the end of a round: "reset" it, or "keep" it.
@@ -252,7 +253,7 @@ def _federated(
         raise ValueError(f"fraction of the clients must lie in (0, 1], got {fraction}")
     if opt_state not in OPT_STATE_OF_CLIENTS:
         known = spec.nearest(opt_state, OPT_STATE_OF_CLIENTS)
-        raise ValueError(f"opt_state={opt_state!r} at the end of a round; {known}")
+        raise ValueError(f"unknown opt_state={opt_state!r} at the end of a round; {known}")
     method = core.method_of(merge)
     clients = max(1, round(fraction * topology.num_agents))
 
@@ -290,7 +291,7 @@ def _federated(
             return trained
         takes_part = network.axis.each(lambda agent, now: drawn(now)[agent])
         trains = takes_part(network.axis.ids, server.round) | (network.time < 0)
-        return core.where(trains, trained, state)
+        return trees.where(trains, trained, state)
 
     def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
         ids, each = network.axis.ids, network.axis.each
@@ -323,7 +324,7 @@ def _federated(
         new = state._replace(variables=variables, memory=each(lambda agent: server)(ids))
         if opt_state == "reset":
             new = new._replace(opt_state=each(problem.optimizer.init)(variables["params"]))
-        return core.where(reached[ids], new, state)
+        return trees.where(reached[ids], new, state)
 
     return Strategy(name, "round", init, local_step, communicate)
 

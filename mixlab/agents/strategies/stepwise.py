@@ -47,13 +47,13 @@ def dpsgd(
         merge: a robust rule in the place of the weighted sum: `"median"`, `"krum(1)"`, ...
 
     Raises:
-        ValueError: an unknown order.
+        ValueError: an unknown order or rule.
 
     Source: Lian et al., NeurIPS 2017, algorithm 1; for the orders Cattivelli and Sayed, IEEE
     Trans. Signal Processing 58(3), 2010.
     """
     if order not in ORDERS:
-        raise ValueError(f"order={order!r} of mixing and update; {spec.nearest(order, ORDERS)}")
+        raise ValueError(f"unknown order={order!r}; {spec.nearest(order, ORDERS)}")
     method = core.method_of(merge)
     combine_first = order == "combine_then_adapt"
 
@@ -109,6 +109,13 @@ def cdmsgd(topology: Topology, *, momentum: float = 0.9) -> Strategy:
     `v_i <- momentum v_i + g_i`, `x_i <- sum_j W_ij x_j - lr (g_i + momentum v_i)`. The momentum
     comes before the configured optimizer, which should be plain SGD.
 
+    Args:
+        topology: as for `dpsgd`.
+        momentum: in [0, 1).
+
+    Raises:
+        ValueError: the momentum is out of range.
+
     Source: Jiang et al., NeurIPS 2017, algorithm 2; the form is that of DIMAT's baseline.
     """
     _check_momentum(momentum)
@@ -145,9 +152,12 @@ def ldsgd(
 
     Args:
         topology: who receives from whom, and the weights.
-        local: I1 >= 0, steps at the begin of a cycle that do not mix.
+        local: I1 >= 0, steps at the start of a cycle that do not mix.
         mixing: I2 >= 1, the steps after them, which do.
         momentum: Nesterov, see `cdmsgd`.
+
+    Raises:
+        ValueError: a cycle of no steps, or a momentum that is out of range.
 
     Source: Li, Yang, Wang and Zhang 2019, "Communication-efficient local decentralized SGD
     methods"; the momentum and the defaults are of DIMAT's baseline.
@@ -187,13 +197,14 @@ def swarm(
     Args:
         topology: the edges, of which one is drawn evenly in each step; where they vary with time,
             one of those there are.
-        local: steps at the begin of a cycle in which the two only train.
+        local: steps at the start of a cycle in which the two only train.
         mixing: the steps after them, in which they average too.
         momentum: heavy ball, kept to oneself, before the configured optimizer.
-        pairs: the edges to take instead, [T, 2], over again when they are used up.
+        pairs: the edges to take instead, [T, 2], again and again.
 
     Raises:
-        ValueError: a topology without edges that go both ways, or pairs that are none.
+        ValueError: a topology without edges that go both ways, pairs that are no edges, a cycle of
+            no steps, or a momentum that is out of range.
 
     Source: Nadiradze et al., NeurIPS 2021, "Asynchronous decentralized SGD with quantized and
     local updates", algorithm 1 without quantisation; the cycles are of DIMAT's baseline.
@@ -237,7 +248,7 @@ def swarm(
         meets = jnp.asarray(counts)[now] > 0
         moves = (meets & ((ids == a) | (ids == b))) | (network.time < 0)
         trained = core.local_step(network, problem, state, gradients)
-        state = core.where(moves, trained, state)
+        state = trees.where(moves, trained, state)
 
         # Replayed pairs need not be edges of the graph, whose weights say nothing of them.
         outside = ~(jnp.asarray(network.adjacency)[[a, b], [b, a]])
@@ -262,7 +273,7 @@ def swarm(
 
         met = jax.tree.map(leaf, state.variables, arrived)
         average = pair[ids, partner] > 0
-        return state._replace(variables=core.where(average, met, state.variables))
+        return state._replace(variables=trees.where(average, met, state.variables))
 
     return Strategy(
         "swarm",
@@ -275,7 +286,7 @@ def swarm(
 
 
 def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat") -> Strategy:
-    """Cross-gradient aggregation: the neighbours say how one's model does on their data.
+    """Cross-gradient aggregation: the neighbours return the gradient of one's model on their data.
 
     Every agent sends its parameters to its neighbours, which send back the gradient of their
     batch at these. With q the own gradient times W_ii, and rows M_j of the returned ones times
@@ -290,12 +301,15 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
             direction then is the one nearest to q that no neighbour's gradient opposes.
 
     Raises:
-        ValueError: an edge that goes one way, or an unknown projection.
+        ValueError: an edge that goes one way, an unknown projection, or a momentum that is out of
+            range.
 
     Source: Esfandiari et al., ICML 2021, algorithm 1; Lopez-Paz and Ranzato, NeurIPS 2017 (GEM).
     """
     if projection not in PROJECTIONS:
-        raise ValueError(f"projection={projection!r}; {spec.nearest(projection, PROJECTIONS)}")
+        raise ValueError(
+            f"unknown projection={projection!r}; {spec.nearest(projection, PROJECTIONS)}"
+        )
     if (topology.adjacency != topology.adjacency.T).any():
         raise ValueError(
             f"cga needs neighbours that answer, but {topology.name} has edges that go one way; "

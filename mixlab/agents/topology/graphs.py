@@ -185,6 +185,9 @@ def exponential(n: int, *, base: int = 2, symmetric: bool = False) -> Topology:
         n: number of agents.
         base: at least 2; the offsets are 1, base, base**2, ... below n.
         symmetric: take the offsets up to n/2, and both ways, which makes the graph undirected.
+
+    Raises:
+        ValueError: no agents, or a base below 2.
     """
     if base < 2:
         raise ValueError(f"an exponential graph needs base >= 2, got {base}")
@@ -230,6 +233,9 @@ def hypercube(n: int) -> Topology:
 
     Args:
         n: number of agents, a power of two.
+
+    Raises:
+        ValueError: it is no power of two.
     """
     check_count(n)
     if n & (n - 1):

@@ -49,7 +49,11 @@ def check_sampling(interpolation: str, dialect: str) -> None:
 
 
 def fill_color(fill: Fill, image: Array) -> Array:
-    """The fill as [C] or [1], on the scale of the image."""
+    """The fill as [C] or [1], on the scale of the image.
+
+    Raises:
+        ValueError: it is neither one number nor one a channel.
+    """
     color = np.atleast_1d(np.asarray(fill, np.float64))
     if color.ndim != 1 or color.size not in (1, image.shape[-1]):
         raise ValueError(

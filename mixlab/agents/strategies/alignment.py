@@ -363,7 +363,7 @@ def to_one_order(
     def descend(depth: Array, composed: align.Permutations) -> align.Permutations:
         onward = jax.vmap(symmetry.compose)(_row(composed, forest.parent), steps)
         here = forest.level == depth
-        return jax.tree.map(lambda a, b: jnp.where(_along(here, a), a, b), onward, composed)
+        return trees.where(here, onward, composed)
 
     start = jax.tree.map(lambda p: jnp.broadcast_to(p, (len(below), *p.shape)), identity)
     composed = jax.lax.fori_loop(1, jnp.max(forest.level) + 1, descend, start)
@@ -444,7 +444,7 @@ def _ascend(
 
     here = level >= 0
     present = jax.tree.map(
-        lambda x: jnp.where(_along(here, x), x, 0), jax.vmap(place)(composed, views)
+        lambda x: jnp.where(trees.along(here, x), x, 0), jax.vmap(place)(composed, views)
     )
     total = jax.tree.map(lambda x: jnp.sum(x, axis=0), present)
     _, composed, _, _ = jax.lax.while_loop(
@@ -468,7 +468,3 @@ def _bounded(tree: PyTree) -> PyTree:
 
 def _row(tree: PyTree, i: Array) -> PyTree:
     return jax.tree.map(lambda x: x[i], tree)
-
-
-def _along(vector: Array, leaf: Array) -> Array:
-    return vector.reshape(vector.shape + (1,) * (leaf.ndim - 1))
