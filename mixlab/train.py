@@ -88,7 +88,7 @@ def run_variant(
     try:
         experiment = prepare(variant)
         if number == 1:
-            several = f"{experiment.topology}\n" if variant.agents > 1 else ""
+            several = f"{experiment.strategy.topology}\n" if variant.agents > 1 else ""
             print(f"{several}{experiment.parallel}\nin {workdir}", flush=True)
         setup = {"number": number, "config": variant.to_dict(), **experiment.about}
         if first:

@@ -43,8 +43,7 @@ class Experiment(NamedTuple):
 
     Attributes:
         parallel: where the agents run.
-        strategy: how they communicate.
-        topology: with whom.
+        strategy: how they communicate, and with whom.
         feed: what they read.
         init: `init() -> carry`, in the layout of `parallel`.
         adopt: `adopt(carry, taken) -> carry` begins with other variables and optimizer states,
@@ -66,7 +65,6 @@ class Experiment(NamedTuple):
 
     parallel: agents.Parallel
     strategy: agents.Strategy
-    topology: agents.Topology
     feed: data.Feed
     init: Callable[[], Carry]
     adopt: Callable[[Carry, PyTree], Carry]
@@ -102,8 +100,8 @@ def prepare(config: ConfigDict) -> Experiment:
     parts = agents.partition.parse(config.partition)(train_set.labels, config.agents, config.seed)
 
     # 2. Who talks to whom, what fails, where they run, what they read.
-    topology = agents.topology.parse(config.topology, config.agents)
-    strategy = agents.parse(config.strategy, topology)
+    strategy = agents.parse(config.strategy, agents.topology.parse(config.topology, config.agents))
+    topology = strategy.topology
     faults = agents.faults.parse(config.faults, config.agents)
     parallel = agents.parallel(
         config.agents, config.backend, per_device=config.per_device, num_devices=config.devices
@@ -352,7 +350,6 @@ def prepare(config: ConfigDict) -> Experiment:
     return Experiment(
         parallel=parallel,
         strategy=strategy,
-        topology=topology,
         feed=feed,
         init=lambda: run_start(parallel.put(np.arange(config.agents)), {}, shared),
         adopt=lambda carry, taken: run_adopt(carry, taken, {}),

@@ -138,6 +138,7 @@ def gossip(
 
     return Strategy(
         "gossip",
+        topology,
         "round",
         init,
         core.local_step,
@@ -222,6 +223,7 @@ def dimat(
 
     return Strategy(
         "dimat",
+        topology,
         "round",
         core.nothing_before,
         core.local_step,

@@ -13,8 +13,8 @@ from mixlab.types import Array, PyTree
 
 
 def none(topology: Topology) -> Strategy:
-    """Isolated agents: nobody communicates."""
-    return Strategy("none", "never", core.nothing_before, core.local_step, core.stay)
+    """Isolated agents: nobody communicates, whatever the topology."""
+    return Strategy("none", topology, "never", core.nothing_before, core.local_step, core.stay)
 
 
 def data_parallel(topology: Topology, *, merge: str | merge.MergeMethod | None = None) -> Strategy:
@@ -56,7 +56,7 @@ def data_parallel(topology: Topology, *, merge: str | merge.MergeMethod | None =
         gradients = gradients._replace(grads=grads, batch_stats=stats)
         return core.local_step(network, problem, state, gradients)
 
-    return Strategy("data_parallel", "always", init, local_step, core.stay)
+    return Strategy("data_parallel", topology, "always", init, local_step, core.stay)
 
 
 def _caught_up(network: Network, state: AgentState) -> tuple[AgentState, Array]:

@@ -74,4 +74,4 @@ def choco(
             stats = network.mix(stats, "statistics")
         return core.with_model(state, params, stats)._replace(memory=public)
 
-    return Strategy("choco", "step", init, local_step, core.stay)
+    return Strategy("choco", topology, "step", init, local_step, core.stay)

@@ -9,6 +9,7 @@ import optax
 from mixlab import align, merge, spec, trees
 from mixlab.agents.network import Network, kind_of
 from mixlab.agents.parallel import Axis, Fetched
+from mixlab.agents.topology import Topology
 from mixlab.types import Array, Batch, PyTree
 
 OPT_STATE_AT_MERGE = ("keep", "reset", "permute")
@@ -79,6 +80,8 @@ class Strategy(NamedTuple):
 
     Attributes:
         name: as the report shows it.
+        topology: who receives from whom, and the weights, for the `Network` that the parts below
+            are given.
         every: when agents communicate: "never"; "round", when `communicate` replaces their
             variables between rounds of local training; "step", within every local step of the
             rounds; "always", within every step from the first on.
@@ -95,6 +98,7 @@ class Strategy(NamedTuple):
     """
 
     name: str
+    topology: Topology
     every: str
     init: Callable[[Axis, Problem, AgentState], AgentState]
     local_step: Callable[[Network, Problem, AgentState, Gradients], AgentState]

@@ -326,7 +326,7 @@ def _federated(
             new = new._replace(opt_state=each(problem.optimizer.init)(variables["params"]))
         return trees.where(reached[ids], new, state)
 
-    return Strategy(name, "round", init, local_step, communicate)
+    return Strategy(name, topology, "round", init, local_step, communicate)
 
 
 def _minus(a: Array, b: Array) -> Array:

@@ -70,6 +70,7 @@ def dpsgd(
 
     return Strategy(
         "dpsgd",
+        topology,
         "step",
         core.nothing_before,
         local_step,
@@ -277,6 +278,7 @@ def swarm(
 
     return Strategy(
         "swarm",
+        topology,
         "step",
         core.nothing_before,
         local_step,

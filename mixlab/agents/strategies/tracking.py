@@ -53,7 +53,7 @@ def sgp(topology: Topology) -> Strategy:
         state = core.with_model(state, params, stats)
         return state._replace(opt_state=opt_state, memory=mixed["weight"])
 
-    return Strategy("sgp", "step", init, local_step, core.stay, rule="push")
+    return Strategy("sgp", topology, "step", init, local_step, core.stay, rule="push")
 
 
 def _divided(network: Network, tree: PyTree, weight: Array) -> PyTree:
@@ -102,4 +102,4 @@ def gradient_tracking(topology: Topology) -> Strategy:
     def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
         return state._replace(variables=core.mix_variables(network, state.variables))
 
-    return Strategy("gradient_tracking", "step", init, local_step, communicate)
+    return Strategy("gradient_tracking", topology, "step", init, local_step, communicate)
