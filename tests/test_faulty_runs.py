@@ -173,16 +173,36 @@ def test_swarm_meets_on_the_edges_of_the_round():
 
 
 def test_liars_do_not_count_in_the_consensus():
+    """The honest drifted apart a little, and have their units in different orders."""
     made = prepared("wa", "byzantine(agents=[1], attack='alie')")
-    variables = held(made, made.init().state.variables)
-    for leaf in jax.tree.leaves(variables):
-        leaf[1] = np.nan
+    rng = np.random.default_rng(0)
+
+    def drifted(x):
+        x = np.repeat(x[:1], A, 0)
+        noise = rng.normal(size=x.shape, scale=0.1 * x.std() + 0.01).astype(np.float32)
+        noise[1] = np.nan
+        return x + noise
+
+    def distance(params):
+        leaves = [np.delete(x, 1, 0).astype(float) for x in jax.tree.leaves(params)]
+        apart = sum(np.square(x - x.mean(0)).sum() for x in leaves)
+        return np.sqrt(apart / sum(np.square(x).sum() for x in leaves))
+
+    variables = jax.tree.map(drifted, held(made, made.init().state.variables))
+    aligned = distance(variables["params"])
+    hidden, output = variables["params"]["Dense_0"], variables["params"]["head"]
+    for i in range(A):
+        order = rng.permutation(8)
+        hidden["kernel"][i] = hidden["kernel"][i][:, order]
+        hidden["bias"][i] = hidden["bias"][i][order]
+        output["kernel"][i] = output["kernel"][i][order]
     found = made.consensus(made.parallel.put(variables))
-    assert np.isfinite(found["plain_distance"])
-    assert np.isfinite(found["consensus_distance"])
+    assert distance(variables["params"]) > 2 * aligned
+    np.testing.assert_allclose(found["plain_distance"], distance(variables["params"]), rtol=1e-5)
+    np.testing.assert_allclose(found["consensus_distance"], aligned, rtol=1e-5)
 
 
-def test_a_run_in_which_a_fifth_fails_ends_with_every_checkpoint_and_tells(tmp_path, capsys):
+def test_a_run_in_which_a_fifth_fails_ends_with_every_checkpoint_and_tells(tmp_path):
     config = get_config()
     config.model, config.backend = "mlp(hidden=(8,))", "vmap"
     config.agents, config.batch_size, config.matching_examples = 5, 140, 20

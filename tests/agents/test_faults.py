@@ -79,6 +79,28 @@ def test_a_plan_strikes_a_network_from_round_0_on():
     np.testing.assert_array_equal(held[:, 0], [1, 0, 1, 1])
 
 
+def test_of_who_was_absent_and_is_late_others_see_what_it_last_sent():
+    """Agent 1 is absent after it sent once, agent 2 before it ever did."""
+    axis, graph = whole_axis(jnp.arange(3), jax.vmap), topology.complete(3)
+    awake = np.array([[True, True, False], [True, False, False], [True, True, True]])
+    late = np.array([[False] * 3, [False] * 3, [False, True, True]])
+    outbox = None
+    for time in range(3):
+        net = Network(
+            axis,
+            jnp.asarray(graph.weights),
+            graph.adjacency,
+            KEY,
+            jnp.int32(time),
+            awake=jnp.asarray(awake[time]),
+            late=jnp.asarray(late[time]),
+            outbox=outbox,
+        )
+        shown = net.select(jnp.arange(3) + 10 * time, jnp.arange(3))
+        outbox = net.received()[1]
+    np.testing.assert_array_equal(shown, [20, 1, 22])
+
+
 def test_those_who_fail_are_the_same_until_they_return():
     awake = np.asarray(over(faults.crash(A, 0.2, at=3, back=6), 8).awake)
     assert awake[:3].all()

@@ -35,7 +35,7 @@ class Run:
         @jax.jit
         def communicate(state, weights):
             net = tasks.network(self.axis, topology, weights)
-            return self.strategy.communicate(net, self.problem, state)
+            return self.strategy.communicate(net, self.problem, state), net.received()[0]
 
         self.program = communicate
 
@@ -45,7 +45,7 @@ class Run:
             variables=variables,
             opt_state=jax.tree.map(lambda x: jnp.ones_like(x), self.state.opt_state),
         )
-        after = self.program(state, np.float32(weights))
+        after, self.counts = self.program(state, np.float32(weights))
         if awake is not None:
             after = agents.strategies.core.where(jnp.asarray(awake), after, self.state)
         self.state = after
@@ -125,7 +125,7 @@ def test_absent_clients_are_left_out_until_they_have_the_model():
 
 def test_a_fraction_of_the_clients_trains_and_counts():
     run = Run("fedavg(fraction=0.4, seed=3)")
-    chosen = []
+    chosen, counts = [], []
     for seed in (1, 2, 3):
         before = run.state.variables["params"]["w"]
         grads = jax.tree.map(jnp.ones_like, run.state.variables["params"])
@@ -139,7 +139,15 @@ def test_a_fraction_of_the_clients_trains_and_counts():
         models = clients(seed)["params"]["w"]
         found = run.round(clients(seed)).variables["params"]["w"]
         np.testing.assert_allclose(found, np.stack([models[moved].mean(0)] * A), atol=1e-6)
+        counts.append(np.asarray(run.counts))
     assert len({tuple(moved) for moved in chosen}) > 1
+    # They send what they made of the model, and those of the next round receive it; both are
+    # messages of parameters and of statistics, and agent 0 needs none to reach itself.
+    for now, after, count in zip(chosen, chosen[1:], counts, strict=False):
+        up, down = count[1:, :2], count[1:, 2:]
+        np.testing.assert_array_equal(up[..., 0], np.stack([now[1:]] * 2, 1))
+        np.testing.assert_array_equal(down[..., 1], np.stack([after[1:]] * 2, 1))
+        np.testing.assert_array_equal(count[0, 2:, 0], [after[1:].sum()] * 2)
 
 
 def test_fedprox_draws_back_to_the_server():

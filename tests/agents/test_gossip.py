@@ -149,6 +149,23 @@ def test_a_universe_agrees_at_least_as_well_as_the_tree():
     assert before + 1 < once < universe - 0.1
 
 
+def test_a_universe_by_correlation_does_not_see_scales():
+    """Units of unequal scale, so small that tanh is the identity; the next layer makes up for it.
+
+    Only correlations tell that a large unit is the copy of a small one.
+    """
+    scales = np.exp(np.random.default_rng(0).uniform(-7, -3, size=(2, 4, 7))).astype(np.float32)
+    model = jax.tree.map(lambda x: np.repeat(x, 4, 0), tasks.mlps(1))
+    layers = [model["params"][f"Dense_{i}"] for i in range(3)]
+    for i, scale in enumerate((scales[0], scales[1, :, :6])):
+        layers[i]["kernel"] = layers[i]["kernel"] * scale[:, None]
+        layers[i]["bias"] = layers[i]["bias"] * scale
+        layers[i + 1]["kernel"] = layers[i + 1]["kernel"] / scale[..., None]
+    state = adam_state(permute(model, permutations(4)), 4)
+    found, _ = compiled(PATH, align="universe")(state, weights=np.eye(4))
+    tasks.assert_trees(found.variables, model)
+
+
 @pytest.mark.parametrize("backend", ["loop", "pmap"])
 def test_every_backend_gives_the_same(backend):
     state = adam_state(tasks.mlps(4), 4)

@@ -26,15 +26,14 @@ def _labels(seed, num_classes, num_examples):
     return rng.permutation(np.concatenate([few, rest])).astype(np.int32)
 
 
-cases = given(
-    labels=st.builds(_labels, st.integers(0, 99), st.integers(1, 7), st.integers(0, 200)),
-    num_agents=st.integers(1, 10),
-    seed=st.integers(0, 999),
-    data=st.data(),
-)
+CASES = {
+    "labels": st.builds(_labels, st.integers(0, 99), st.integers(1, 7), st.integers(0, 200)),
+    "num_agents": st.integers(1, 10),
+    "seed": st.integers(0, 999),
+}
 
 
-@cases
+@given(**CASES, data=st.data())
 def test_iid(labels, num_agents, seed, data):
     stratified = data.draw(st.booleans())
     parts = partition.iid(labels, num_agents, seed, stratified=stratified)
@@ -49,7 +48,7 @@ def test_iid(labels, num_agents, seed, data):
         np.testing.assert_array_equal(a, b)
 
 
-@cases
+@given(**CASES, data=st.data())
 def test_shards_hold_exactly_k_classes(labels, num_agents, seed, data):
     num_classes = int(labels.max()) + 1
     k = data.draw(st.integers(1, num_classes))
@@ -68,8 +67,8 @@ def test_shards_hold_exactly_k_classes(labels, num_agents, seed, data):
         assert shares.max() - shares.min() <= 1
 
 
-@cases
-def test_by_class(labels, num_agents, seed, data):
+@given(**CASES)
+def test_by_class(labels, num_agents, seed):
     parts = partition.by_class(labels, num_agents, seed)
     _check(parts, labels, num_agents)
     held = partition.counts(parts, labels, labels.max() + 1) > 0
@@ -80,7 +79,7 @@ def test_by_class(labels, num_agents, seed, data):
         np.testing.assert_array_equal(mine, expected)
 
 
-@cases
+@given(**CASES, data=st.data())
 def test_dirichlet(labels, num_agents, seed, data):
     options = {
         "alpha": data.draw(st.sampled_from([1.0, 10.0, 100.0])),
@@ -93,8 +92,8 @@ def test_dirichlet(labels, num_agents, seed, data):
         np.testing.assert_array_equal(a, b)
 
 
-@cases
-def test_arcs(labels, num_agents, seed, data):
+@given(**CASES)
+def test_arcs(labels, num_agents, seed):
     parts = partition.arcs(labels, num_agents, seed, arcs_per_agent=1)
     _check(parts, labels, num_agents)
     sizes = [len(part) for part in parts]

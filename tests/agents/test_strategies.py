@@ -222,6 +222,26 @@ def test_dpsgd_combines_then_adapts():
     assert calls.count("step") == 1
 
 
+def test_sgp_weighs_statistics_as_it_does_parameters():
+    topology = agents.from_matrix([[0.5, 0.5, 0], [0, 0.5, 0.5], [0.4, 0.3, 0.3]])
+    strategy, push = agents.sgp(topology), topology.mixing_matrix("push")
+    assert np.ptp(push.sum(1)) > 0.1
+    start = tasks.start(vectors(3), PLAIN.optimizer, 3)
+    centers = np.stack([vectors(3, seed)["params"]["w"] for seed in (1, 2, 3)], axis=1)
+    batches = {"w": centers, "b": np.zeros((3, 3), np.float32)}
+    run = functools.partial(short_run, strategy, topology, PLAIN, pull)
+    found, _ = tasks.over(3, run, start, batches)
+    x, weight = start.variables["params"]["w"], np.ones((3, 1))
+    for step in range(3):
+        share = x * weight[..., None] - 0.1 * (x - centers[:, step])
+        stats = push @ (2 * x[:, 0] * weight)
+        weight = push @ weight
+        x, stats = np.tensordot(push, share, 1) / weight[..., None], stats / weight
+    np.testing.assert_allclose(found.memory, weight[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(found.variables["params"]["w"], x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.variables["batch_stats"]["mean"], stats, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["none", "wa", "dimat"])
 def test_rounds_are_local_training_between_merges(name):
     run, _ = compiled(name, 6)
@@ -286,6 +306,32 @@ def test_data_parallel_is_one_model_on_the_mean_gradient():
         tasks.assert_trees(tasks.agent(found.opt_state, i), opt_state, 1e-4, 1e-6)
         tasks.assert_trees(tasks.agent(found, i), tasks.agent(found, 0), 0, 0)
     tasks.assert_trees(communicated, found, 0, 0)
+
+
+def test_a_gradient_at_what_an_agent_held_before_does_not_count():
+    """Agent 2 returns, one step behind the others, and agent 3 is absent."""
+    state = tasks.start(vectors(4), PLAIN.optimizer, 4)
+    state = state._replace(
+        variables=jax.tree.map(lambda x: x[[0, 0, 2, 3]], state.variables),
+        memory=np.int32([2, 2, 1, 2]),
+    )
+    grads, stats = vectors(4, 1)["params"], vectors(4, 2)["batch_stats"]
+    topology = agents.ring(4)
+    strategy = agents.data_parallel(topology)
+
+    def step(axis, state, grads, stats):
+        found = agents.Gradients(grads, stats, {}, lambda variables, batch: variables["params"])
+        net = tasks.network(axis, topology, awake=jnp.arange(4) < 3)
+        return strategy.local_step(net, PLAIN, state, found)
+
+    found = tasks.over(4, step, state, grads, stats)
+    for i in range(3):
+        for name, x in state.variables["params"].items():
+            expected = x[0] - 0.1 * grads[name][:2].mean(0)
+            np.testing.assert_allclose(found.variables["params"][name][i], expected, atol=1e-6)
+        mean = found.variables["batch_stats"]["mean"][i]
+        np.testing.assert_allclose(mean, stats["mean"][:2].mean(0), atol=1e-6)
+    np.testing.assert_array_equal(found.memory[:3], [3, 3, 3])
 
 
 def test_data_parallel_starts_from_agent_0_optimizer_state_included():
@@ -470,6 +516,19 @@ def test_bytes_of_those_who_meet_or_serve():
     found = traffic("fedavg", agents.star(5), communicate=True)
     np.testing.assert_array_equal(found["parameters"], [[112, 112]] + [[28, 28]] * 4)
     np.testing.assert_array_equal(found["statistics"], [[48, 48]] + [[12, 12]] * 4)
+
+
+def test_a_download_goes_over_the_edges_from_the_server():
+    """Agent 3 does not hear the server, which does not hear agent 1."""
+    graph = agents.star(5)
+    lost = np.zeros((5, 5), bool)
+    lost[3, 0] = lost[0, 1] = True
+    net = tasks.network(tasks.axis(5), graph, np.where(lost, 0, graph.weights), lost=lost)
+    net.download({"w": jnp.zeros(7)}, jnp.arange(5) != 2)
+    assert [message.num_bytes for message in net.messages] == [28]
+    sent, received = np.asarray(net.received()[0])[:, 0].T
+    np.testing.assert_array_equal(sent, [3, 0, 0, 0, 0])
+    np.testing.assert_array_equal(received, [0, 1, 0, 0, 1])
 
 
 def test_bytes_count_narrow_leaves_as_narrow():

@@ -132,6 +132,21 @@ def test_weights_of_unlike_models():
         np.testing.assert_array_equal(p, [np.arange(p.shape[1]), pair[name]])
 
 
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_models_far_apart_never_end_below_the_start(seed):
+    """The first model moves too, and takes all others back into its order."""
+    layers = [noisy(mlp_variables((5, 12, 9, 3)), 5, i) for i in range(4, 8)]
+    symmetry = align.infer_symmetry(mlp, layers[0], normal(2, 5), check=False)
+    key = None if seed is None else jax.random.key(seed)
+    found = align.weight_universe(symmetry, layers, key=key)
+    start = align.weight_universe(symmetry, layers, max_iterations=0)
+    unmatched = trees.stack([symmetry.identity() for _ in layers])
+    after, *before = (inner_products(symmetry, p, layers) for p in (found, start, unmatched))
+    assert after > max(before)
+    for p in found.values():
+        np.testing.assert_array_equal(p[0], np.arange(p.shape[1]))
+
+
 def test_errors():
     layers, x = mlp_variables(), normal(4, 5)
     symmetry = align.infer_symmetry(mlp, layers, x, check=False)

@@ -210,17 +210,19 @@ def test_heads_are_matched_by_the_best_of_their_insides():
 
 
 @pytest.mark.parametrize(
-    ("name", "scale"),
+    "scale",
     [
         # A scale that all heads share ties their insides.
-        ("shared scale", lambda p, q: q * p["scale"]),
+        pytest.param(lambda p, q: q * p["scale"], id="shared scale"),
         # Summing over heads before the insides are read ties them.
-        ("mixed heads", lambda p, q: q + q.sum(2, keepdims=True)),
+        pytest.param(lambda p, q: q + q.sum(2, keepdims=True), id="mixed heads"),
         # Products between heads see the insides of both.
-        ("across heads", lambda p, q: q + jnp.einsum("bthe,btge,btge->bthe", q, q, q)),
+        pytest.param(
+            lambda p, q: q + jnp.einsum("bthe,btge,btge->bthe", q, q, q), id="across heads"
+        ),
     ],
 )
-def test_insides_of_heads_that_meet_share_a_permutation(name, scale):
+def test_insides_of_heads_that_meet_share_a_permutation(scale):
     def fn(p, x):
         q = jnp.einsum("btd,dhe->bthe", x, p["q"])
         return jnp.einsum("bthe,hed->btd", jnp.tanh(scale(p, q)), p["out"])

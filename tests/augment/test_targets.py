@@ -186,6 +186,18 @@ def test_mixing_unites_boxes(text):
     assert partly
 
 
+def test_boxes_between_pixels_are_cut_where_they_are():
+    box = np.array([2.25, 3.5, 9.75, 8.125], np.float32)
+    batch = {"image": jnp.zeros((2, H, W, 1)), "boxes": jnp.stack([box[None]] * 2)}
+    aug = augment.cutmix(pairing="roll")
+    plan = aug.sample(KEY, batch) | {"box": jnp.asarray([[0, 0, 5, W], [5, 0, H, W]], jnp.int32)}
+    out = aug.apply(plan, batch)
+    upper, lower = [2.25, 3.5, 5, 8.125], [5, 3.5, 9.75, 8.125]
+    np.testing.assert_array_equal(out["boxes"], [[lower, upper], [upper, lower]])
+    shares = np.array([4.75, 2.75]) / 7.5
+    np.testing.assert_allclose(out["box_weight"], [shares, shares[::-1]], rtol=1e-6)
+
+
 def test_mixup_weighs_boxes_and_one_hot_masks():
     batch = scene()
     aug = augment.mixup(1.0, pairing="roll")

@@ -291,7 +291,7 @@ def test_masks_are_of_all_models_or_of_each():
 def test_sce_by_hand():
     """Variances 4, 1, 0, 0.25, energies (of what is selected) 25 : 1, then the minority goes."""
     deltas = np.asarray([[4, 3, 1, 1], [0, 1, 1, 0]], np.float32)
-    found = run(merge.sce(0.7), deltas)
+    found = run(merge.sce(0.75), deltas)
     np.testing.assert_allclose(found, [4, (25 * 3 + 1) / 26, 0, 0])
     deltas = np.asarray([[2, 0], [-1, 1], [-1, 0]], np.float32)
     np.testing.assert_allclose(run(merge.sce(), deltas), [2, 1])
