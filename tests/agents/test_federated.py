@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mixlab import agents
+from mixlab import agents, trees
 from tests.agents import tasks
 
 A, STAR = 5, agents.star(5)
@@ -47,7 +47,7 @@ class Run:
         )
         after, self.counts = self.program(state, np.float32(weights))
         if awake is not None:
-            after = agents.strategies.core.where(jnp.asarray(awake), after, self.state)
+            after = trees.where(jnp.asarray(awake), after, self.state)
         self.state = after
         return jax.tree.map(np.asarray, after)
 
