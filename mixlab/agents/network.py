@@ -216,21 +216,38 @@ class Network:
             kind: see `Message`.
             num_bytes: see `broadcast`.
         """
-        ids = self.axis.ids
-        rows = self.weights[ids]
-        mine = rows[jnp.arange(len(ids)), ids]
-        slots, valid = neighbour_slots(self.adjacency)
+        slots, _ = neighbour_slots(self.adjacency)
         # An attack looks at all messages.
-        sparse = slots.shape[1] <= _SPARSE * self.num_agents and self.attack is None
+        if slots.shape[1] <= _SPARSE * self.num_agents and self.attack is None:
+            return self.mix_arrived(tree, self.broadcast(tree, kind, num_bytes=num_bytes))
+        self._count_broadcast(tree, kind, num_bytes)
+        sent = self._as_sent(tree)
+        elsewhere = jnp.where(jnp.eye(self.num_agents, dtype=bool), 0, self.weights)
+        if self.attack is None:
+            sums = self.axis.combine(functools.partial(_weighted, elsewhere), sent)
+        else:
+            everyone = self.exchange(sent)
+            sums = jax.tree.map(functools.partial(_weighted, elsewhere[self.axis.ids]), everyone)
 
-        def own(x: Array) -> Array:
-            wide = trees.wide(x.dtype)
-            return trees.along(mine.astype(wide), x) * x.astype(wide)
+        def from_everyone(x: Array, rest: Array) -> Array:
+            return (self._own_share(x) + rest).astype(x.dtype) if trees.is_inexact(x) else x
 
-        def from_neighbours(x: Array, *others: Array) -> Array:
+        return jax.tree.map(from_everyone, tree, sums)
+
+    def mix_arrived(self, tree: PyTree, arrived: Fetched) -> PyTree:
+        """As `mix`, of what has been sent already.
+
+        Args:
+            tree: leaves [k, ...] of the block.
+            arrived: what `broadcast` gave of it.
+        """
+        ids, (slots, valid) = self.axis.ids, neighbour_slots(self.adjacency)
+        rows = self.weights[ids]
+
+        def mixed(x: Array, *others: Array) -> Array:
             if not trees.is_inexact(x):
                 return x
-            total = own(x)
+            total = self._own_share(x)
             for s, other in enumerate(others, 1):
                 j = jnp.asarray(slots)[ids, s]
                 weight = jnp.where(jnp.asarray(valid)[ids, s], rows[jnp.arange(len(ids)), j], 0)
@@ -239,23 +256,13 @@ class Network:
                 total += jnp.where(trees.along(weight > 0, x), part, 0)
             return total.astype(x.dtype)
 
-        if sparse:
-            arrived = self.broadcast(tree, kind, num_bytes=num_bytes)
-            others = (arrived.column(s) for s in range(1, slots.shape[1]))
-            return jax.tree.map(from_neighbours, tree, *others)
-        self._count_broadcast(tree, kind, num_bytes)
-        sent = self._as_sent(tree)
-        elsewhere = jnp.where(jnp.eye(self.num_agents, dtype=bool), 0, self.weights)
-        if self.attack is None:
-            sums = self.axis.combine(functools.partial(_weighted, elsewhere), sent)
-        else:
-            everyone = self.exchange(sent)
-            sums = jax.tree.map(functools.partial(_weighted, elsewhere[ids]), everyone)
+        others = (arrived.column(s) for s in range(1, slots.shape[1]))
+        return jax.tree.map(mixed, tree, *others)
 
-        def from_everyone(x: Array, rest: Array) -> Array:
-            return (own(x) + rest).astype(x.dtype) if trees.is_inexact(x) else x
-
-        return jax.tree.map(from_everyone, tree, sums)
+    def _own_share(self, x: Array) -> Array:
+        """A floating leaf [k, ...] times each agent's weight of itself, in float32 or wider."""
+        ids, wide = self.axis.ids, trees.wide(x.dtype)
+        return trees.along(self.weights[ids, ids].astype(wide), x) * x.astype(wide)
 
     def merge(self, own: PyTree, arrived: Fetched, method: MergeMethod) -> PyTree:
         """Merges every agent's neighbourhood, itself first, then its neighbours ascending.
@@ -347,13 +354,14 @@ class Network:
         """The mean over all agents that are awake, whatever the graph; the same for everyone.
 
         Bytes are those of a ring all-reduce, 2 (A - 1) / A times the tree (Patarasuk and Yuan,
-        2009); a `method` needs all the messages, so each agent sends its own to all others. What
-        is lost of either is sent again, uncounted: nobody can go on without.
+        2009), also where some are absent; a `method` needs all the messages, so each agent sends its
+        own to all others. What is lost of either is sent again, uncounted: nobody can go on without.
 
         Args:
             tree: leaves [k, ...] of the block.
             kind: see `Message`.
-            method: merge by this instead of the mean; who is left out enters as zeros.
+            method: merge by this instead of the mean; in the place of those that are left out
+                stands, entry by entry, the median of the others.
             among: bool [A], who counts, of those that are awake; all by default.
 
         Returns:
@@ -367,18 +375,28 @@ class Network:
         else:
             others = each * (jnp.sum(each) - 1)
             self._count(kind, size, others, others)
-        merged = self._merge_all(tree, awake if among is None else awake & among, method)
+        sent = self._as_sent(tree)
+        merged = self._merge_all(sent, awake if among is None else awake & among, method)
         return self.axis.each(lambda agent: merged)(self.axis.ids)
 
     def upload(
-        self, variables: PyTree, senders: Array, *, method: MergeMethod | None = None
+        self,
+        variables: PyTree,
+        senders: Array,
+        center: PyTree,
+        *,
+        method: MergeMethod | None = None,
     ) -> PyTree:
-        """The mean of what the senders deliver to agent 0, a server; the same on all devices.
+        """The mean change that senders deliver to agent 0, a server; the same on all devices.
+
+        What travels are models. The server takes its own off them, so that one that is late pulls
+        back to where it was, and is not added a second time.
 
         Args:
             variables: leaves [k, ...] of the block, by collection.
             senders: bool [A], who sends; the server, which is one of the agents, may be of them.
                 What does not arrive does not count.
+            center: what the server holds, without the agent axis.
             method: as for `mean`.
 
         Returns:
@@ -390,11 +408,13 @@ class Network:
         into = jnp.zeros_like(out).at[0].set(jnp.sum(heard.at[0].set(False)))
         for name, value in variables.items():
             self._count(kind_of(name), _size(value), out, into)
-        return self._merge_all(variables, heard, method)
+        changes = jax.tree.map(
+            lambda x, y: x - y if trees.is_inexact(x) else x, self._as_sent(variables), center
+        )
+        return self._merge_all(changes, heard, method)
 
-    def _merge_all(self, tree: PyTree, chosen: Array, method: MergeMethod | None) -> PyTree:
-        """The mean of what arrives of those `chosen`, bool [A]; or merged, the others as zeros."""
-        sent = self._as_sent(tree)
+    def _merge_all(self, sent: PyTree, chosen: Array, method: MergeMethod | None) -> PyTree:
+        """The mean of what those `chosen`, bool [A], sent; or merged, the others as a median."""
 
         def present(x: Array) -> Array:
             return jnp.where(trees.along(chosen, x), x, jnp.zeros((), x.dtype))
@@ -405,9 +425,22 @@ class Network:
             total = jnp.sum(present(x).astype(trees.wide(x.dtype)), axis=0)
             return (total / jnp.maximum(jnp.sum(chosen), 1).astype(total.dtype)).astype(x.dtype)
 
+        def fill(x: Array) -> Array:
+            """Rules take a fixed number of models: the median of the others moves none of them."""
+            ordered = jnp.sort(jnp.where(trees.along(chosen, x), x, jnp.inf), axis=0)
+            count = jnp.maximum(jnp.sum(chosen), 1)
+            middle = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+            return jnp.where(trees.along(chosen, x), x, middle.astype(x.dtype))
+
+        def filled(x: Array) -> Array:
+            if not trees.is_inexact(x):
+                return x
+            return jax.lax.cond(jnp.all(chosen), lambda x: x, fill, x)
+
         def merged(models: PyTree) -> PyTree:
             assert method is not None
-            return method(jax.tree.map(present, models), key=self.key)
+            base = jax.tree.map(lambda x: jnp.zeros_like(x[0]), models)
+            return method(jax.tree.map(filled, models), base=base, key=self.key)
 
         if self.attack is None and (method is None or method.entrywise):
             return self.axis.reduce(mean if method is None else merged, sent)
@@ -466,12 +499,7 @@ def mix(matrix: ArrayLike, stacked: PyTree) -> PyTree:
     def leaf(x: Array) -> Array:
         if not trees.is_inexact(x):
             return x
-        wide = trees.wide(x.dtype)
-        weights = jnp.asarray(matrix).astype(wide)
-        mixed = jnp.tensordot(
-            weights, jnp.asarray(x).astype(wide), axes=1, precision=jax.lax.Precision.HIGHEST
-        )
-        return mixed.astype(x.dtype)
+        return _weighted(jnp.asarray(matrix), jnp.asarray(x)).astype(x.dtype)
 
     return jax.tree.map(leaf, stacked)
 
@@ -511,7 +539,7 @@ def _weighted(rows: Array, arrived: Array) -> Array:
         return jnp.tensordot(weights, values, axes=1, precision=jax.lax.Precision.HIGHEST)
 
     def guarded(broken: Array) -> Array:
-        hit = sums((rows > 0).astype(rows.dtype), broken.astype(rows.dtype)) > 0
+        hit = sums((rows != 0).astype(jnp.float32), broken.astype(jnp.float32)) > 0
         return jnp.where(hit, jnp.nan, sums(rows, jnp.where(broken, 0, arrived)))
 
     broken = ~jnp.isfinite(arrived)

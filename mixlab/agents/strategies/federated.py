@@ -57,8 +57,8 @@ def fedavg(
         topology: agent 0 is joined to all others, both ways, as in a star.
         fraction: in (0, 1], how many of the clients take part in a round, drawn anew for each;
             rounded, but at least one. The others neither train nor send.
-        merge: a robust rule in the place of the mean: `"median"`, `"krum(1)"`, ... A client
-            that takes no part counts as one that changed nothing.
+        merge: a robust rule in the place of the mean: `"median"`, `"krum(1)"`, ... In the
+            place of clients that take no part stands, entry by entry, the median of the others.
         opt_state: the client's, at the end of a round: "reset" it, or "keep" it.
         seed: of the draw of clients.
 
@@ -301,8 +301,7 @@ def _federated(
         # Who took part: drawn, heard by the server, and begun from its present model.
         at_round = network.axis.gather(own.round)
         takes_part = drawn(server.round) & (at_round == server.round)
-        changes = jax.tree.map(_minus, state.variables, own.variables)
-        change = network.upload(changes, takes_part, method=method)
+        change = network.upload(state.variables, takes_part, server.variables, method=method)
 
         params = server.variables["params"]
         against = jax.tree.map(jnp.negative, change["params"])
@@ -327,10 +326,6 @@ def _federated(
         return trees.where(reached[ids], new, state)
 
     return Strategy(name, topology, "round", init, local_step, communicate)
-
-
-def _minus(a: Array, b: Array) -> Array:
-    return a - b if trees.is_inexact(a) else a
 
 
 def _plus(a: Array, b: Array) -> Array:

@@ -354,7 +354,13 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
             return _cross(own, got, network.weights[agent, agent], row, projection)
 
         grads = network.axis.each(direction)(ids, crossed.rows[:, 1:], gradients.grads)
-        return plain.local_step(network, problem, state, gradients._replace(grads=grads))
+        changes, opt_state = core.updates(network, problem, state, grads)
+        # The neighbours' parameters have arrived before.
+        mixed = {"params": network.mix_arrived(state.variables["params"], arrived)}
+        if gradients.batch_stats is not None:
+            mixed["batch_stats"] = network.mix(gradients.batch_stats, "statistics")
+        mixed["params"] = optax.apply_updates(mixed["params"], changes)
+        return state._replace(variables={**state.variables, **mixed}, opt_state=opt_state)
 
     return plain._replace(name="cga", local_step=local_step)
 
