@@ -52,11 +52,11 @@ class Checkpoints:
     Args:
         folder: made if it is missing.
         keep: how many of the newest are kept, at least 2, so that one good one is left when the
-            newest turns out to be damaged.
+            newest turns out to be damaged; None keeps all.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2):
-        if keep < 2:
+    def __init__(self, folder: str | Path, keep: int | None = 2):
+        if keep is not None and keep < 2:
             raise ValueError(f"keep={keep}: at least 2 checkpoints must be kept, see Checkpoints")
         self.folder = Path(folder).absolute()  # orbax refuses relative paths
         self._manager: Any = distributed.once(lambda: self._open(keep))
@@ -115,7 +115,7 @@ class Checkpoints:
         step, meta = told
         return step, distributed.share_arrays(found[1] if found else like), meta
 
-    def _open(self, keep: int) -> _Manager:
+    def _open(self, keep: int | None) -> _Manager:
         self.folder.mkdir(parents=True, exist_ok=True)
         alone = ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"

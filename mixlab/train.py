@@ -128,12 +128,11 @@ def _run(
         every = config.checkpoint_every_steps
         return ends_phase(step) or bool(every and step % every == 0)
 
+    keep = config.keep_checkpoints or (None if experiment.about["faults"] else 2)
     carry = experiment.init()
     like = parallel.get(carry)
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-        )
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep))
         start = 0
         meta: dict[str, Any] = {"metrics_bytes": 0, "seconds": {}}
         if (found := checkpoints.restore(like)) is not None:
@@ -169,7 +168,8 @@ def _run(
                 }
             with clock("evaluate"):
                 tested = experiment.test(carry.state.variables)
-                agreement = experiment.consensus(carry.state.variables)
+                number = (step - pretrain - (phase == "local")) // length  # of the round
+                agreement = experiment.consensus(carry.state.variables, number)
             metrics.write(
                 {
                     "step": step,

@@ -196,10 +196,19 @@ def test_liars_do_not_count_in_the_consensus():
         hidden["kernel"][i] = hidden["kernel"][i][:, order]
         hidden["bias"][i] = hidden["bias"][i][order]
         output["kernel"][i] = output["kernel"][i][order]
-    found = made.consensus(made.parallel.put(variables))
+    found = made.consensus(made.parallel.put(variables), 0)
     assert distance(variables["params"]) > 2 * aligned
     np.testing.assert_allclose(found["plain_distance"], distance(variables["params"]), rtol=1e-5)
     np.testing.assert_allclose(found["consensus_distance"], aligned, rtol=1e-5)
+
+
+def test_the_absent_do_not_count_in_the_consensus_of_their_rounds():
+    made = prepared("wa", "absent(agents=[1], start=1, stop=2)")
+    variables = held(made, made.init().state.variables)
+    for leaf in jax.tree.leaves(variables):
+        leaf[1] = np.nan
+    found = [made.consensus(made.parallel.put(variables), r)["plain_distance"] for r in (0, 1, 2)]
+    np.testing.assert_array_equal(np.isfinite(found), [False, True, False])
 
 
 def test_a_run_in_which_a_fifth_fails_ends_with_every_checkpoint_and_tells(tmp_path):
@@ -207,7 +216,7 @@ def test_a_run_in_which_a_fifth_fails_ends_with_every_checkpoint_and_tells(tmp_p
     config.model, config.backend = "mlp(hidden=(8,))", "vmap"
     config.agents, config.batch_size, config.matching_examples = 5, 140, 20
     config.strategy, config.faults = "wa", "crash(0.2, at=1)"
-    config.pretrain_epochs, config.rounds, config.keep_checkpoints = 0, 3, 10
+    config.pretrain_epochs, config.rounds = 0, 3
     report = train.train(config, tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

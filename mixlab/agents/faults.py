@@ -303,9 +303,11 @@ def byzantine(
             not so many agents, or not these, or none is left that is honest.
     """
     if (count is None) == (agents is None):
-        raise ValueError("byzantine takes exactly one of count= and agents=")
+        raise ValueError("byzantine takes either count= or agents=, one and not both")
     if count is not None and not 0 <= count <= num_agents:
         raise ValueError(f"byzantine takes a count of 0 to {num_agents} agents, got {count}")
+    if count is not None and count != int(count):
+        raise ValueError(f"byzantine takes a whole number of agents, got {count}")
     given = None if agents is None else _mask(num_agents, agents, "byzantine")
     if count == num_agents or (given is not None and given.all()):
         raise ValueError(f"byzantine(...) leaves none of {num_agents} agents honest; name fewer")
@@ -407,6 +409,8 @@ def _within(time: Array, start: int, stop: int | None) -> Array:
 
 
 def _mask(num_agents: int, agents: Sequence[int], what: str) -> np.ndarray:
+    if isinstance(agents, int):
+        raise ValueError(f"{what} takes a list of agents, such as agents=[{agents}]; got {agents}")
     outside = [agent for agent in agents if not 0 <= agent < num_agents]
     if outside:
         raise ValueError(f"{what}: agents are 0 to {num_agents - 1}, got {outside}")

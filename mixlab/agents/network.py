@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -313,7 +313,8 @@ class Network:
 
         Args:
             own: leaves [k, ...] of the block; gives integer leaves and the base.
-            models: leaves [k, slots, ...].
+            models: leaves [k, slots, ...]. What stands under "batch_stats" or "moments" leaves the
+                range of what is merged by no method: variances do not become negative.
             method: see `merge`; None is the mean weighted by the row of the mixing matrix.
         """
         _, valid = neighbour_slots(self.adjacency)
@@ -330,7 +331,8 @@ class Network:
             key = jax.random.fold_in(self.key, agent)
 
             def merged(size: int, models: PyTree) -> PyTree:
-                return rule(jax.tree.map(lambda x: x[:size], models), base=mine, key=key)
+                present = jax.tree.map(lambda x: x[:size], models)
+                return _in_range(rule(present, base=mine, key=key), present)
 
             if len(sizes) == 1:
                 return merged(sizes[0], models)
@@ -354,8 +356,9 @@ class Network:
         """The mean over all agents that are awake, whatever the graph; the same for everyone.
 
         Bytes are those of a ring all-reduce, 2 (A - 1) / A times the tree (Patarasuk and Yuan,
-        2009), also where some are absent; a `method` needs all the messages, so each agent sends its
-        own to all others. What is lost of either is sent again, uncounted: nobody can go on without.
+        2009), also where some are absent; a `method` needs all the messages, so each agent sends
+        its own to all others. What is lost of either is sent again, uncounted: nobody can go on
+        without.
 
         Args:
             tree: leaves [k, ...] of the block.
@@ -544,6 +547,18 @@ def _weighted(rows: Array, arrived: Array) -> Array:
 
     broken = ~jnp.isfinite(arrived)
     return jax.lax.cond(jnp.any(broken), guarded, lambda broken: sums(rows, arrived), broken)
+
+
+def _in_range(merged: PyTree, models: PyTree) -> PyTree:
+    """`merged`, with statistics and moments clipped to the range of the models', [M, ...]."""
+
+    def leaf(path: tuple[Any, ...], x: Array, several: Array) -> Array:
+        under = {str(getattr(key, "key", "")) for key in path[:2]}
+        if not (under & {"batch_stats", "moments"} and trees.is_inexact(x)):
+            return x
+        return jnp.clip(x, jnp.nanmin(several, axis=0), jnp.nanmax(several, axis=0))
+
+    return jax.tree_util.tree_map_with_path(leaf, merged, models)
 
 
 def _size(tree: PyTree) -> float:

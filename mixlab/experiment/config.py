@@ -49,7 +49,7 @@ def default_config() -> ConfigDict:
     config.per_device = "auto"
     config.devices = config_dict.placeholder(int)
     config.checkpoint_every_steps = config_dict.placeholder(int)  # by default: every round
-    config.keep_checkpoints = 2
+    config.keep_checkpoints = config_dict.placeholder(int)  # by default 2; all where agents fail
     # Field -> tuple of values; every combination is run. The report averages over seeds.
     config.sweep = ConfigDict()
     config.sweep_skip = ()  # dicts of field -> value or values: combinations that are left out

@@ -55,8 +55,9 @@ class Experiment(NamedTuple):
             nothing is matched. It is there to be timed.
         test: `test(variables) -> dict` of the accuracy, loss, confidence (mean of the largest
             probability) and ece (expected calibration error) of every agent, each [A].
-        consensus: `consensus(variables) -> dict` of the accuracies, calibration error and
-            distances of consensus; empty for one agent.
+        consensus: `consensus(variables, round) -> dict` of the accuracies, calibration error and
+            distances of the consensus among honest agents that are there in that round; empty
+            for one agent.
         traffic: `traffic(carry) -> dict` of the bytes that every agent has sent and received, by
             kind, and of its messages.
         about: what the report says of the set-up, as JSON can hold it.
@@ -72,7 +73,7 @@ class Experiment(NamedTuple):
     communicate: Callable[[Carry, int], Carry]
     match: Callable[[Carry, int], PyTree] | None
     test: Callable[[PyTree], dict[str, np.ndarray]]
-    consensus: Callable[[PyTree], dict[str, float]]
+    consensus: Callable[[PyTree, int], dict[str, float]]
     traffic: Callable[[Carry], dict[str, Any]]
     about: dict[str, Any]
     sheet: dict[str, np.ndarray]
@@ -248,8 +249,11 @@ def prepare(config: ConfigDict) -> Experiment:
 
     def consensus(axis: agents.Axis, variables: PyTree, held: PyTree, shared: PyTree) -> PyTree:
         here = problem._replace(images=held if problem.local else shared["images"])
-        liars = faults.sample(shared["fault_key"], 0).byzantine
-        return agents.consensus(axis, here, variables, among=~liars)
+        fault = faults.sample(shared["fault_key"], shared["round"])
+        honest = ~faults.sample(shared["fault_key"], 0).byzantine
+        present = honest & fault.awake
+        among = jnp.where(jnp.any(present), present, honest)
+        return agents.consensus(axis, here, variables, among=among)
 
     def abstract() -> Carry:
         """Shapes of what a step and a communication leave, as if all agents were one block."""
@@ -317,10 +321,10 @@ def prepare(config: ConfigDict) -> Experiment:
         sums = [parallel.get(run_evaluate(variables, {}, batch)) for batch in batches]
         return scores({name: sum(s[name] for s in sums) for name in sums[0]})
 
-    def test_consensus(variables: PyTree) -> dict[str, float]:
+    def test_consensus(variables: PyTree, number: int) -> dict[str, float]:
         if config.agents == 1:
             return {}
-        found = run_consensus(variables, own_images, shared)
+        found = run_consensus(variables, own_images, in_round(number))
         aligned = test(found.aligned)
         return {
             "consensus_accuracy": float(aligned["accuracy"][0]),
@@ -372,9 +376,10 @@ def _matching_examples(config: ConfigDict, key: Key, parts: list[np.ndarray]) ->
     """Indices of the examples on which agents are compared: int64 [n], or [A, n] if "local"."""
     count = config.matching_examples
     if config.matching_data == "local":
-        count = min(count, *map(len, parts))
+        # Who has fewer shows its own several times.
+        count = min(count, max(map(len, parts)))
         drawn = (
-            jax.random.permutation(jax.random.fold_in(key, agent), part)[:count]
+            np.resize(jax.random.permutation(jax.random.fold_in(key, agent), part), count)
             for agent, part in enumerate(parts)
         )
         return np.sort(np.stack([np.asarray(indices) for indices in drawn]), axis=1)

@@ -186,6 +186,8 @@ def test_an_account_for_people():
         ("crash(fraction=0.2, at=3, back=3)", "crash needs back after at, got at=3, back=3"),
         ("absent(agents=(0, 10))", r"absent: agents are 0 to 9, got \[10\]"),
         ("byzantine(count=11, attack='alie')", "a count of 0 to 10 agents, got 11"),
+        ("byzantine(1.5, attack='alie')", "a whole number of agents, got 1.5"),
+        ("absent(1)", r"absent takes a list of agents, such as agents=\[1\]"),
         ("byzantine(attack='alie')", "either count= or agents="),
         ("byzantine(count=1, attack='alei')", "did you mean 'alie'"),
         ("late(0.1) | alie()", "alie is an attack, not a kind of fault"),

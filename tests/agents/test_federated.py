@@ -1,5 +1,7 @@
 """Federated rounds: what the server makes of the clients' models, and who takes part."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +172,39 @@ def test_a_robust_server_survives_a_client_out_of_its_mind():
     trained["params"]["w"][3] = 1e6
     found = Run("fedavg(merge='median')").round(trained).variables["params"]["w"]
     np.testing.assert_allclose(found[0], np.median(trained["params"]["w"], axis=0), atol=1e-5)
+
+
+def test_a_late_client_is_not_added_again():
+    """A server at 5 has heard of clients at -1 and 1; then one of them is late, round by round."""
+    topology, axis = agents.star(2), tasks.axis(2)
+    strategy, problem = agents.fedavg(topology), agents.Problem(optax.sgd(0.1))
+    at = {"params": {"w": np.float32([[-1.0], [1.0]])}}
+    state = strategy.init(axis, problem, tasks.start(at, problem.optimizer, 2))
+    server = jax.tree.map(lambda x: jnp.full_like(x, 5.0), state.memory.variables)
+    state = state._replace(memory=state.memory._replace(variables=server))
+
+    @jax.jit
+    def communicate(state, late, outbox):
+        net = tasks.network(axis, topology, late=late, outbox=outbox)
+        return strategy.communicate(net, problem, state), net.received()[1]
+
+    outbox, late = None, np.array([False, False])
+    for _ in range(4):
+        state, outbox = communicate(state._replace(variables=at), late, outbox)
+        np.testing.assert_allclose(state.memory.variables["params"]["w"], 0, atol=1e-6)
+        late = np.array([False, True])
+
+
+def test_rules_do_not_count_clients_that_take_no_part():
+    trained = clients(1)
+    run = Run("fedavg(merge='median', fraction=0.5)")
+    before = np.asarray(run.state.variables["params"]["w"][0])
+    drew = [run.round(trained).variables["params"]["w"][0] for _ in range(2)]
+    assert np.abs(drew[0] - before).max() > 0.1
+    assert any(
+        np.allclose(drew[0], np.median(trained["params"]["w"][list(who)], axis=0), atol=1e-5)
+        for who in itertools.combinations(range(A), round(0.5 * A))
+    )
 
 
 def test_what_cannot_be_federated_is_refused():

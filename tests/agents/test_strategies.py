@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mixlab import agents
+from mixlab import agents, merge
 from mixlab.agents import strategies
 from tests.agents import tasks
 from tests.reference import decentral
@@ -419,6 +419,65 @@ def test_mix_keeps_integers_and_none_and_computes_narrow_floats_in_float32():
     np.testing.assert_array_equal(found["half"], np.asarray(wide, jnp.bfloat16))
 
 
+def test_the_mix_of_a_stack_has_no_leak_through_zero_weights():
+    held = np.float32([1, np.inf, 3, 4])
+    found = np.asarray(agents.mix(np.eye(4), held))
+    np.testing.assert_array_equal(found[[0, 2, 3]], held[[0, 2, 3]])
+    assert not np.isfinite(found[1])
+
+
+def test_a_rule_among_some_takes_the_others_for_their_median():
+    held = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    awake = np.array([True, False, True, True, False, True])
+
+    def median(axis, tree, awake):
+        net = tasks.network(axis, agents.ring(6), awake=awake)
+        return net.mean(tree, method=merge.median())
+
+    found = tasks.over(6, median, held, shared=(awake,))
+    np.testing.assert_allclose(found[0], np.median(held[awake], axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "topology", "says"),
+    [
+        ("wa(merge='fisher')", agents.ring(5), "fisher.*cannot merge agents.*fishers="),
+        ("dimat(merge='emr')", agents.ring(5), "makes several models"),
+        ("wa(merge='median')", agents.matchings(6), "changes with time"),
+        ("dpsgd(merge='median')", agents.one_peer_exponential(8), "changes with time"),
+        ("dpsgd", agents.star(5, weights="uniform"), "dpsgd needs doubly stochastic"),
+        ("cga", agents.star(5, weights="uniform"), "cdsgd needs doubly stochastic"),
+    ],
+)
+def test_what_a_strategy_cannot_work_with_is_refused(text, topology, says):
+    with pytest.raises(ValueError, match=says):
+        agents.parse(text, topology)
+    agents.parse("dpsgd(biased=True)", topology)
+
+
+def test_variances_and_moments_stay_in_the_range_of_those_that_are_merged():
+    topology, axis = agents.complete(4), tasks.axis(4)
+    strategy = agents.parse("wa(merge='dare(density=0.5)', opt_state='permute')", topology)
+    problem = agents.Problem(tasks.adam())
+    rng = np.random.default_rng(0)
+    variables = {
+        "params": {"w": rng.normal(size=(4, 40)).astype(np.float32)},
+        "batch_stats": {"var": rng.random((4, 40)).astype(np.float32)},
+    }
+    state = tasks.start(variables, problem.optimizer, 4)
+    random = functools.partial(jax.tree.map, lambda x: np.abs(rng.normal(size=x.shape)))
+    state = state._replace(opt_state=jax.tree.map(np.float32, random(state.opt_state)))
+    state = jax.tree.map(jnp.asarray, state)
+    found = strategy.communicate(tasks.network(axis, topology), problem, state)
+    before = variables["batch_stats"]["var"]
+    assert np.all(found.variables["batch_stats"]["var"] >= before.min(axis=0))
+    for leaf, old in zip(
+        jax.tree.leaves(found.opt_state), jax.tree.leaves(state.opt_state), strict=True
+    ):
+        assert np.all(leaf >= old.min(axis=0))
+    assert np.any(found.variables["params"]["w"] > variables["params"]["w"].max(axis=0))
+
+
 # ---------------------------------------------------------------- bytes
 
 # Parameters: 2*3 + 1 = 7 floats, statistics: 3; so an agent's variables take 40 bytes.
@@ -473,7 +532,7 @@ def traffic(text, topology, *, communicate=False, opt_state=(), **network):
 @pytest.mark.parametrize("graph", TO_NEIGHBOURS)
 def test_bytes_are_those_of_the_models_sent(graph):
     topology, expected = TO_NEIGHBOURS[graph]
-    for name, communicate in (("wa", True), ("dpsgd", False)):
+    for name, communicate in (("wa", True), ("dpsgd(biased=True)", False)):
         found = traffic(name, topology, communicate=communicate)
         sent = {kind: amount[:, 0].tolist() for kind, amount in found.items()}
         assert sent == {
@@ -489,7 +548,7 @@ PER_STEP = {
     "wa": {},
     "data_parallel": {"gradients": 2 * 4 / 5 * 28, "statistics": 2 * 4 / 5 * 12},
     "cdmsgd": {"parameters": 56, "statistics": 24},
-    "cga": {"parameters": 112, "gradients": 56, "statistics": 24},
+    "cga": {"parameters": 56, "gradients": 56, "statistics": 24},
     # The weight of push-sum is one float more.
     "sgp": {"parameters": 64, "statistics": 24},
     "gradient_tracking": {"parameters": 56, "gradients": 56, "statistics": 24},

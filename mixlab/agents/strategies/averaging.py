@@ -74,7 +74,7 @@ def gossip(
     vote among all.
     """
     core.check_opt_state(opt_state)
-    method = core.method_of(merge)
+    method = core.method_of(merge, topology)
     how = alignment.Matching(matching, statistic)
     if align not in ALIGN:
         raise ValueError(f"align={align!r} is unknown; {spec.nearest(align, ALIGN)}")
@@ -183,7 +183,7 @@ def dimat(
     Source: Saadati et al., CVPR 2024, algorithm 1; matching after Li et al. 2015 and ZipIt.
     """
     core.check_opt_state(opt_state)
-    method = core.method_of(merge)
+    method = core.method_of(merge, topology)
     how = alignment.Matching(matching, statistic, batch)
 
     def matched(

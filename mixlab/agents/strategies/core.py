@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mixlab import align, merge, spec, trees
@@ -13,6 +14,8 @@ from mixlab.agents.topology import Topology
 from mixlab.types import Array, Batch, PyTree
 
 OPT_STATE_AT_MERGE = ("keep", "reset", "permute")
+# Numbers of models on which a merge method is tried: some take two alone, others need many.
+_TRIED = (2, 4, 8, 16, 32, 64)
 
 
 class AgentState(NamedTuple):
@@ -188,9 +191,42 @@ def check_opt_state(choice: str) -> None:
         raise ValueError(f"opt_state={choice!r} at a merge is unknown; {known}")
 
 
-def method_of(method: str | merge.MergeMethod | None) -> merge.MergeMethod | None:
-    """The merge method of a text; None, the weighted mean, stays None."""
-    return None if method is None else merge.parse(method)
+def method_of(
+    method: str | merge.MergeMethod | None, topology: Topology | None = None
+) -> merge.MergeMethod | None:
+    """The merge method of a text; None, the weighted mean, stays None.
+
+    Args:
+        method: the text, or the method itself.
+        topology: of neighbourhoods that it is to merge; None where it merges all agents.
+
+    Raises:
+        ValueError: it is unknown, needs more of the models than their variables, makes several
+            models, or the neighbourhoods change with time: it merges a fixed number of models.
+    """
+    if method is None:
+        return None
+    made = merge.parse(method)
+    if topology is not None and topology.period > 1:
+        raise ValueError(
+            f"merge={method!r} merges a fixed neighbourhood, but {topology.name} changes with "
+            "time; leave merge out, which mixes by the round's weights, or choose a fixed graph"
+        )
+    base = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for count in _TRIED:
+        models = {"w": jax.ShapeDtypeStruct((count, 4, 3), jnp.float32)}
+        try:
+            merged = jax.eval_shape(
+                lambda models, base, key: made(models, base=base, key=key), models, base, key
+            )
+        except (ValueError, TypeError) as error:
+            reason = str(error)
+            continue
+        if merged["w"].shape != base["w"].shape:
+            raise ValueError(f"merge={method!r} makes several models, and agents need one")
+        return made
+    raise ValueError(f"merge={method!r} cannot merge agents: {reason}")
 
 
 def distance(axis: Axis, variables: PyTree, center: PyTree) -> Array:

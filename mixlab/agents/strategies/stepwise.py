@@ -33,6 +33,7 @@ def dpsgd(
     *,
     order: str = "combine_then_adapt",
     merge: str | merging.MergeMethod | None = None,
+    biased: bool = False,
 ) -> Strategy:
     """Decentralized SGD: each step mixes the neighbourhood's parameters and adds a local update.
 
@@ -40,21 +41,23 @@ def dpsgd(
     update_j)`, with updates at one's own x_i by any optimizer in the place of plain SGD.
 
     Args:
-        topology: who receives from whom, and the weights. Where they are not doubly stochastic
-            agents count by how much others listen to them, and the mean loss is not what is
-            minimised; the topology's text says so.
+        topology: who receives from whom, and the weights; doubly stochastic, or else agents count
+            by how much others listen to them, and the mean loss is not what is minimised.
         order: "combine_then_adapt" (D-PSGD, CDSGD) or "adapt_then_combine" (diffusion).
         merge: a robust rule in the place of the weighted sum: `"median"`, `"krum(1)"`, ...
+        biased: whether to take weights that are not doubly stochastic all the same.
 
     Raises:
-        ValueError: an unknown order or rule.
+        ValueError: an unknown order or rule, or weights that are not doubly stochastic.
 
     Source: Lian et al., NeurIPS 2017, algorithm 1; for the orders Cattivelli and Sayed, IEEE
     Trans. Signal Processing 58(3), 2010.
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order={order!r}; {spec.nearest(order, ORDERS)}")
-    method = core.method_of(merge)
+    method = core.method_of(merge, topology)
+    if method is None and not biased:
+        topology.require_doubly_stochastic("dpsgd")
     combine_first = order == "combine_then_adapt"
 
     def local_step(
@@ -98,9 +101,13 @@ def cdsgd(topology: Topology) -> Strategy:
 
     It is `dpsgd` with combine then adapt, which appeared in the same year.
 
+    Raises:
+        ValueError: the weights are not doubly stochastic.
+
     Source: Jiang et al., NeurIPS 2017, "Collaborative deep learning in fixed topology networks",
     algorithm 1.
     """
+    topology.require_doubly_stochastic("cdsgd")
     return dpsgd(topology)._replace(name="cdsgd")
 
 
@@ -115,7 +122,7 @@ def cdmsgd(topology: Topology, *, momentum: float = 0.9) -> Strategy:
         momentum: in [0, 1).
 
     Raises:
-        ValueError: the momentum is out of range.
+        ValueError: the momentum is out of range, or the weights are not doubly stochastic.
 
     Source: Jiang et al., NeurIPS 2017, algorithm 2; the form is that of DIMAT's baseline.
     """

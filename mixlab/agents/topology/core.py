@@ -157,7 +157,7 @@ class Topology:
             raise ValueError(
                 f"{who} needs doubly stochastic weights, or the mean of the agents drifts, but "
                 f"column {j}{of} of {self.name} sums to {sums[*turn, j]:.6g}; choose "
-                f"weights='metropolis', a symmetric graph, or push-sum (sgp)"
+                f"weights='metropolis', a symmetric graph, push-sum (sgp) or dpsgd(biased=True)"
             )
 
     @property
