@@ -5,6 +5,8 @@ restored on any number of devices and processes. Beside them lies what the run n
 (`meta`) and a checksum a leaf, which is how a damaged file is told from a good one.
 """
 
+import json
+import re
 import shutil
 import warnings
 import zlib
@@ -14,6 +16,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from mixlab import distributed, trees
@@ -277,9 +280,16 @@ def read_models(path: str | Path) -> list[PyTree]:
     """The model of a file, or the agents of a run.
 
     Args:
-        path: an `.npz` file of arrays by name, a `.safetensors` file, a folder that orbax wrote
-            (`StandardCheckpointer`), or the folder of a run, its `checkpoints`, or one of them;
-            of a run the newest checkpoint is read.
+        path: one of
+
+            - an `.npz` file of arrays by name,
+            - a `.safetensors` file,
+            - a folder in Hugging Face style: with `model.safetensors`, or with
+              `model.safetensors.index.json` and the shards that it names,
+            - a folder that orbax's `StandardCheckpointer` wrote,
+            - the folder of an orbax `CheckpointManager` that saved one unnamed item
+              (`FOLDER/STEP/default`), of which the newest step is read, or one of its steps,
+            - the folder of a run, its `checkpoints`, of which the newest is read, or one of them.
 
     Returns:
         One model, with NumPy leaves; of a run, the variables of each of its agents.
@@ -291,33 +301,82 @@ def read_models(path: str | Path) -> list[PyTree]:
     return trees.unstack(tree["state"]["variables"]) if is_run else [tree]
 
 
+_KNOWN = (
+    "an .npz or .safetensors file, a folder with model.safetensors or its index, a checkpoint of "
+    "orbax, or the folder of a run"
+)
+
+
 def _read(path: str | Path) -> tuple[PyTree, bool]:
     """What a file or folder holds, and whether that is the state of a run."""
     path = Path(path).absolute()
-    known = "an .npz or .safetensors file, a checkpoint of orbax, or the folder of a run"
     if not path.exists():
-        raise ValueError(f"there is no {path}; give {known}")
-    if path.suffix == ".npz":
+        raise ValueError(f"there is no {path}; give {_KNOWN}")
+    if path.suffix == ".npz" and path.is_file():
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays), False
-    if path.suffix == ".safetensors":
-        return {name: np.asarray(x) for name, x in load_file(path).items()}, False
+    if path.suffix == ".safetensors" and path.is_file():
+        return _read_safetensors(path), False
     if not path.is_dir():
-        raise ValueError(f"{path} is no model; give {known}")
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    steps = [p for p in path.glob("step_*") if (p / "state").is_dir()]
-    if steps:
-        path = max(steps, key=lambda p: int(p.name.removeprefix("step_")))
-    is_run = (path / "state").is_dir()
+        raise ValueError(f"{path} is no model; give {_KNOWN}")
+    if (path / "model.safetensors").is_file():
+        return _read_safetensors(path / "model.safetensors"), False
+    if (path / "model.safetensors.index.json").is_file():
+        return _read_shards(path / "model.safetensors.index.json"), False
     if (path / "runs").is_dir():
         runs = ", ".join(sorted(p.name for p in (path / "runs").iterdir()))
         raise ValueError(f"{path} holds several runs; give one of {path / 'runs'}: {runs}")
+    return _read_orbax(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
-        tree = ocp.StandardCheckpointer().restore(path / "state" if is_run else path)
+        return {name: np.asarray(x) for name, x in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    """The arrays of all the files that an index names, which lie beside it."""
+    try:
+        shard_of = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} has no 'weight_map' from arrays to files") from error
+    shards = sorted(set(shard_of.values()))
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
+    found: dict[str, np.ndarray] = {}
+    for name in shards:
+        found.update(_read_safetensors(index.parent / name))
+    absent = sorted(set(shard_of) - set(found))
+    if absent:
+        raise ValueError(f"the shards of {index} lack {', '.join(absent)}")
+    return found
+
+
+def _read_orbax(path: Path) -> tuple[PyTree, bool]:
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    steps = [p for p in path.iterdir() if _step(p) >= 0]
+    if steps:
+        path = max(steps, key=_step)
+    item = next((p for p in (path / "state", path / "default") if p.is_dir()), path)
+    is_run = item == path / "state"
+    try:
+        tree = ocp.StandardCheckpointer().restore(item)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is no model; give {known} ({error})") from error
+        raise ValueError(f"{path} is no model; give {_KNOWN} ({error})") from error
+    if is_run and "variables" not in (tree.get("state") or {}):
+        raise ValueError(f"{path} is neither of a run nor one unnamed item; give {item}")
     return jax.tree.map(np.asarray, tree), is_run
+
+
+def _step(path: Path) -> int:
+    """Which step an orbax `CheckpointManager` saved in this folder, -1 if it is not one of them."""
+    found = re.fullmatch(r"(?:.*_)?(\d+)", path.name)
+    holds_item = (path / "state").is_dir() or (path / "default").is_dir()
+    return int(found[1]) if found and holds_item else -1
 
 
 class _Mismatch(Exception):

@@ -1,12 +1,15 @@
+import json
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import save_file
 
-from mixlab.checkpoint import CheckpointError, Checkpoints, read_agents, resize
+from mixlab.checkpoint import CheckpointError, Checkpoints, read_agents, read_models, resize
 
 
 def state(value=0.0):
@@ -152,3 +155,69 @@ def test_another_run_begins_from_the_agents_of_this_one(tmp_path):
     wider = {"params": {"kernel": np.zeros((4, 3), np.float32)}}
     with pytest.raises(ValueError, match=r"kernel is .2,. there and .3,. here"):
         read_agents(tmp_path, {**like, "variables": wider}, 4)
+
+
+def arrays(value=0.0):
+    return {"a.weight": np.full((2, 3), value, np.float32), "b.bias": np.arange(3, dtype=np.int32)}
+
+
+def assert_same(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_folder_with_one_safetensors_file_is_a_model(tmp_path):
+    save_file(arrays(2.0), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (model,) = read_models(tmp_path)
+    assert_same(model, arrays(2.0))
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
+        read_models(tmp_path)
+
+
+def test_all_shards_that_an_index_names_are_read(tmp_path):
+    files = {"a.weight": "model-00001-of-00002.safetensors"}
+    files["b.bias"] = "model-00002-of-00002.safetensors"
+    for name, file in files.items():
+        save_file({name: arrays()[name]}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (model,) = read_models(tmp_path)
+    assert_same(model, arrays())
+
+    index.write_text(json.dumps({"weight_map": {**files, "c": files["b.bias"]}}))
+    with pytest.raises(ValueError, match="lack c"):
+        read_models(tmp_path)
+    (tmp_path / files["b.bias"]).unlink()
+    with pytest.raises(ValueError, match="not there: model-00002-of-00002"):
+        read_models(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="weight_map"):
+        read_models(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", [None, "step"])
+def test_the_newest_step_of_an_orbax_manager_is_read(tmp_path, prefix):
+    options = ocp.CheckpointManagerOptions(step_prefix=prefix)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        for step in (2, 9, 10):  # in which the order of numbers is not that of names
+            manager.save(step, args=ocp.args.StandardSave({"a": arrays(step)}))
+    (model,) = read_models(tmp_path)
+    assert_same(model, {"a": arrays(10)})
+    (model,) = read_models(tmp_path / (f"{prefix}_9" if prefix else "9"))
+    assert_same(model, {"a": arrays(9)})
+
+
+def test_what_is_no_model_is_an_error_that_says_what_is(tmp_path):
+    (tmp_path / "3").mkdir()
+    with pytest.raises(ValueError, match=r"is no model; give .* its index, a checkpoint of orbax"):
+        read_models(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no .*/nothing; give"):
+        read_models(tmp_path / "nothing")
+    items = ocp.args.Composite(state=ocp.args.StandardSave(arrays()))
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(4, args=items)
+    with pytest.raises(ValueError, match=r"neither of a run .*; give .*/4/state"):
+        read_models(tmp_path)
+    (model,) = read_models(tmp_path / "4" / "state")
+    assert_same(model, arrays())

@@ -8,6 +8,9 @@ import jax
 import matplotlib as mpl
 import pytest
 
+from mixlab import augment, models
+from mixlab.experiment import check
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -25,8 +28,13 @@ def _as_users_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "block", README, ids=lambda b: re.findall(r"from mixlab import (.*)", b)[0]
 )
-def test_readme(block, capsys):
-    exec(compile(block, "README.md", "exec"), {})
+def test_readme(block, capsys, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
+    monkeypatch.setattr(augment, "CONSTRUCTORS", dict(augment.CONSTRUCTORS))
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    if "get_config" in names:
+        check(names["get_config"]())
     assert capsys.readouterr().out or "print(" not in block
 
 
@@ -38,7 +46,7 @@ def test_the_readme_has_an_example_a_room():
     ] == ["augment", "merge", "align", "agents"]
     imported = [re.findall(r"from mixlab import (.*)", block)[0] for block in README]
     assert all(any(room in names for names in imported) for room in ("augment", "merge", "align"))
-    assert len(README) == 5
+    assert len(README) == 8
 
 
 @pytest.mark.slow

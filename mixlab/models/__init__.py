@@ -16,16 +16,17 @@ from mixlab.models.convolutional import CNN, ResNet
 from mixlab.models.mlp import MLP
 from mixlab.models.vit import ViT
 
-__all__ = ["BATCH_NORM_MOMENTUM", "CNN", "MLP", "ResNet", "ViT", "parse"]
+__all__ = ["BATCH_NORM_MOMENTUM", "CNN", "MLP", "MODELS", "ResNet", "ViT", "parse"]
 
-_VOCABULARY = {"mlp": MLP, "cnn": CNN, "resnet20": ResNet, "vit": ViT}
+MODELS: dict[str, type[nn.Module]] = {"mlp": MLP, "cnn": CNN, "resnet20": ResNet, "vit": ViT}
+"""Every module by its name: what `parse` knows. The first attribute of each is `num_classes`."""
 
 
 def parse(text: str, num_classes: int) -> nn.Module:
     """The module that `text` describes.
 
     Args:
-        text: `mlp`, `cnn`, `resnet20` or `vit`, with the module's attributes as arguments:
+        text: a name in `MODELS`, with the module's attributes as arguments:
             `"mlp(hidden=(256, 256))"`, `"resnet20(width=8, dtype='bfloat16')"`.
         num_classes: width of the output.
 
@@ -33,7 +34,7 @@ def parse(text: str, num_classes: int) -> nn.Module:
         ValueError: the text names no model, or does not parse.
         TypeError: the model takes no such argument.
     """
-    return spec.parse(text, {name: _with(num_classes, cls) for name, cls in _VOCABULARY.items()})
+    return spec.parse(text, {name: _with(num_classes, cls) for name, cls in MODELS.items()})
 
 
 def _with(num_classes: int, module: type[nn.Module]) -> Callable[..., nn.Module]:
