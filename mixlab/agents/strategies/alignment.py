@@ -69,12 +69,6 @@ class Matching:
             )
         return problem.symmetry
 
-    def batches(self, images: Array, axis: int) -> list[Array]:
-        """The images in batches along an axis."""
-        count = images.shape[axis]
-        starts = range(self.batch or count, count, self.batch or count)
-        return jnp.split(images, list(starts), axis)
-
 
 def reestimated(axis: Axis, problem: Problem, variables: PyTree) -> PyTree:
     """The agents' variables, BatchNorm statistics re-estimated on the images, if there are any."""
@@ -153,14 +147,29 @@ def match(
         return jax.vmap(jax.vmap(align.merge_moments))(first, second)
 
     assert problem.images is not None
-    if problem.local:
-        moments = [on_own(images) for images in matching.batches(problem.images, 1)]
-    else:
-        moments = [on_shared(images) for images in matching.batches(problem.images, 0)]
-    total = functools.reduce(
-        lambda a, b: jax.tree.map(together, a, b, is_leaf=lambda x: isinstance(x, align.Moments)),
-        moments,
-    )
+    of_batch, dim = (on_own, 1) if problem.local else (on_shared, 0)
+    everything = problem.images
+    count = everything.shape[dim]
+    size = min(matching.batch or count, count)
+    whole = count // size
+
+    def add(total: PyTree, images: Array) -> PyTree:
+        return jax.tree.map(
+            together, total, of_batch(images), is_leaf=lambda x: isinstance(x, align.Moments)
+        )
+
+    def part(start: int, stop: int) -> Array:
+        return jax.lax.slice_in_dim(everything, start, stop, axis=dim)
+
+    total = of_batch(part(0, size))
+    if whole > 1:
+        # A loop, since XLA would otherwise hold the activations of several batches at once.
+        first = part(size, size * whole)
+        shape = (*first.shape[:dim], whole - 1, size, *first.shape[dim + 1 :])
+        in_turn = jnp.moveaxis(first.reshape(shape), dim, 0)
+        total, _ = jax.lax.scan(lambda total, images: (add(total, images), None), total, in_turn)
+    if size * whole < count:
+        total = add(total, part(size * whole, count))
     find = functools.partial(
         align.match_moments,
         statistic=matching.statistic,
