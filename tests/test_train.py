@@ -263,6 +263,8 @@ def test_a_diverging_run_names_step_and_agent_and_keeps_its_checkpoint(tmp_path)
             "dimat_matching_weight: unknown matching 'weight'; did you mean 'weights'",
         ),
         ({"sweep": ConfigDict({"agent": (1,)})}, ValueError, "did you mean 'agents'"),
+        ({"pretrain_epoch": 5}, ValueError, "no field 'pretrain_epoch': did you mean 'pretrain_ep"),
+        ({"stratgy": "wa", "sweep": ConfigDict({"stratgy": ("wa",)})}, ValueError, "'strategy'"),
         ({"sweep": ConfigDict({"agents": ()})}, ValueError, "has no values"),
     ],
 )

@@ -86,9 +86,14 @@ def check(config: ConfigDict) -> None:
     What texts describe is built, which costs little, and forgotten.
 
     Raises:
-        ValueError: a field names something unknown, or has a value that cannot be used.
+        ValueError: there is no such field, or one names something unknown, or has a value that
+            cannot be used.
         TypeError: a field gives an argument that what it names does not take.
     """
+    fields = list(default_config())
+    if unknown := [field for field in config if field not in fields]:
+        told = "; ".join(f"{field!r}: {spec.nearest(field, fields)}" for field in unknown)
+        raise ValueError(f"the config has no field {told}")
     for field, least in _LEAST.items():
         if config[field] is not None and config[field] < least:
             raise ValueError(f"{field} must be at least {least}, got {config[field]}")
