@@ -98,7 +98,7 @@ def is_finished(folder: Path, config: ConfigDict) -> bool:
         last = json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError):  # none, or one that a killed run was writing
         return False
-    at_end = last["phase"] == "local" and last["round"] == config.rounds
+    at_end = report.is_last(last, config.rounds)
     return at_end and (folder / "checkpoints" / f"step_{last['step']}").exists()
 
 

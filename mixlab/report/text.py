@@ -65,6 +65,21 @@ def about_failures(failures: list[records.Failure]) -> list[str]:
     return ["## Runs that failed", "", tables.markdown(cells, left=3), ""]
 
 
+def about_unfinished(unfinished: list[records.Unfinished], runs: list[records.Run]) -> list[str]:
+    """The lines on runs that have not come to their end; see `shown_unfinished`."""
+    if not unfinished:
+        return []
+    lines = [f"- {run.name}: {run}" for run in unfinished]
+    return ["## Runs that are not finished", "", shown_unfinished(unfinished, runs), "", *lines, ""]
+
+
+def shown_unfinished(unfinished: list[records.Unfinished], runs: list[records.Run]) -> str:
+    """A sentence on whether `runs`, which the tables show, are those that are not finished."""
+    if {run.name for run in unfinished} & {run.name for run in runs}:
+        return "No run is finished: what is shown is what they have reached."
+    return "They are in no table and no figure; the same command goes on with them."
+
+
 def about_faults(runs: list[records.Run]) -> list[str]:
     """What happened to the agents, told once for the runs to which the same happened."""
     told: dict[str, records.Run] = {}
