@@ -51,8 +51,9 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
     Raises:
         ValueError: a field of the sweep cannot be used, the folder holds another config, or all
             runs failed.
-        train.Stopped: SIGTERM arrived; the runs in progress have been saved.
-        KeyboardInterrupt: as usual, but the runs in progress have been saved.
+        train.Stopped: SIGTERM or Ctrl-C arrived; the runs in progress have been saved.
+        KeyboardInterrupt: Ctrl-C came twice; the runs in progress have been killed, and keep what
+            they had saved.
     """
     workdir = Path(workdir).absolute()
     variants = train.variants(config)
@@ -70,8 +71,8 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
                 name = left.pop(0)
                 running[name] = _start(workdir, name)
             time.sleep(0.1)
-            if terminated():
-                raise train.Stopped(f"stopped with {len(running) + len(left)} runs to go")
+            if number := terminated():
+                raise train.Stopped(f"stopped with {len(running) + len(left)} runs to go", number)
             ended = [name for name in running if running[name].process.poll() is not None]
             for name in ended:
                 worker = running.pop(name)
@@ -137,9 +138,16 @@ def _workers() -> Iterator[dict[str, Worker]]:
                 print(f"\nsaving {', '.join(running)} ...", flush=True)
             for worker in running.values():
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            for worker in running.values():
-                worker.process.kill()
+        except subprocess.TimeoutExpired:
+            _kill(running)
+        except KeyboardInterrupt:
+            _kill(running)
+            raise
+
+
+def _kill(running: dict[str, Worker]) -> None:
+    for worker in running.values():
+        worker.process.kill()
 
 
 def _failure(folder: Path, status: int) -> str:

@@ -94,7 +94,7 @@ def test_a_sweep_is_interrupted_resumed_and_outlives_a_run_that_diverges(tmp_pat
     out, err = sweep.communicate(timeout=120)
     assert sweep.returncode == 130, f"{out}\n{err}"
     assert "saving adam_1e_2-" in out
-    assert "run the same command again to go on" in err
+    assert "run the same command again to go on" in out
     assert not list(tmp_path.glob("runs/*/failed.json"))
 
     sweep = start(tmp_path)

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import shutil
+import signal
 import types
 
 import jax
@@ -305,6 +306,28 @@ def test_a_folder_takes_more_values_of_a_sweep_and_no_other_config(tmp_path):
     del config.sweep["seed"]  # runs would be named otherwise
     with pytest.raises(ValueError, match="sweep: "):
         train.claim(tmp_path, config)
+
+
+def test_the_first_interrupt_saves_and_the_second_interrupts_as_usual(capfd):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    term = signal.getsignal(signal.SIGTERM)
+    try:
+        for first in (signal.SIGINT, signal.SIGTERM):
+            with train.termination() as terminated:
+                assert not terminated()
+                signal.raise_signal(first)
+                assert terminated() == first
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert signal.getsignal(signal.SIGTERM) == term
+        assert "saving, then stopping" in capfd.readouterr().err
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
+        with train.termination() as terminated:
+            signal.raise_signal(signal.SIGINT)
+            assert not terminated()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_calibration_error_is_that_of_its_definition():
