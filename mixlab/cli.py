@@ -60,7 +60,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; made if 
 
 
 def main() -> None:
-    """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage."""
+    """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage.
+
+    Of what a signal stops it is 128 and its number: 143 for SIGTERM, 130 for Ctrl-C.
+    """
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
         "sweep": _sweep,
@@ -142,7 +145,8 @@ def _job(workdir: str) -> Iterator[None]:
         yield
     except train.Stopped as stopped:
         print(f"\n{stopped}; run the same command again to go on", flush=True)
-        sys.exit(0)
+        # Launchers of several processes end the others when one has failed: none has.
+        sys.exit(0 if jax.distributed.is_initialized() else 128 + stopped.number)
     except distributed.FailedElsewhere:
         distributed.leave(1)
     except KeyboardInterrupt:

@@ -26,6 +26,9 @@ from mixlab.progress import LiveLine, duration
 PATIENCE = 60.0
 """Seconds that runs have to save themselves when the sweep is asked to stop."""
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Statuses with which a run's process ends that a signal has stopped, saved."""
+
 
 class Worker(NamedTuple):
     """A run in progress: its process, and when that began, in seconds of `time.monotonic`."""
@@ -151,7 +154,14 @@ def _kill(running: dict[str, Worker]) -> None:
 
 
 def _failure(folder: Path, status: int) -> str:
-    """Why a run failed that ended with this status; empty if it did not."""
+    """Why a run failed that ended with this status; empty if it did not.
+
+    One that was itself told to stop, and has saved, is not marked as failed in its folder.
+    """
+    if status in STOPPED:
+        return (
+            f"stopped by {signal.Signals(status - 128).name}, and saved; see {folder / 'log.txt'}"
+        )
     path = folder / "failed.json"
     if status and not path.exists():
         ended = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -199,7 +209,11 @@ def _work(workdir: Path, name: str) -> None:
     agents.force_cpu_devices(runs[name].agents)  # before JAX starts
     logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of its threads
     with train.termination() as terminated:
-        train.run_variant(runs, name, workdir, terminated)
+        try:
+            train.run_variant(runs, name, workdir, terminated)
+        except train.Stopped as stopped:
+            print(f"\n{stopped}", flush=True)
+            sys.exit(128 + stopped.number)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mixlab import cli, train
+from mixlab import cli, sweep, train
 from mixlab.sweep import is_finished
 from tests.sweep_config import get_config
 
@@ -84,22 +84,30 @@ def test_a_field_that_the_file_does_not_sweep_is_swept_from_the_command_line():
     assert "'strategy': ('dimat',)" in found
 
 
+def test_a_run_that_was_stopped_and_has_saved_is_not_marked_as_failed(tmp_path):
+    assert "stopped by SIGTERM, and saved" in sweep._failure(tmp_path, 128 + signal.SIGTERM)
+    assert not list(tmp_path.iterdir())
+    assert "ended by SIGKILL" in sweep._failure(tmp_path, -signal.SIGKILL)
+    assert (tmp_path / "failed.json").exists()
+    assert not sweep._failure(tmp_path, 0)
+
+
 @pytest.mark.slow
 def test_a_sweep_is_interrupted_resumed_and_outlives_a_run_that_diverges(tmp_path):
-    sweep = start(tmp_path)
+    process = start(tmp_path)
     while not list(tmp_path.glob("runs/*/metrics.jsonl")):
-        assert sweep.poll() is None, sweep.stderr.read()
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-    sweep.send_signal(signal.SIGINT)
-    out, err = sweep.communicate(timeout=120)
-    assert sweep.returncode == 130, f"{out}\n{err}"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, f"{out}\n{err}"
     assert "saving adam_1e_2-" in out
     assert "run the same command again to go on" in out
     assert not list(tmp_path.glob("runs/*/failed.json"))
 
-    sweep = start(tmp_path)
-    out, err = sweep.communicate(timeout=300)
-    assert sweep.returncode == 1
+    process = start(tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
     assert err.strip() == f"mixlab: 1 runs failed: {BAD}"
     assert f"{BAD}  FAILED: Diverged: the loss of agent" in out
     assert "[3/3]" in out

@@ -330,6 +330,15 @@ def test_the_first_interrupt_saves_and_the_second_interrupts_as_usual(capfd):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_exit_status_of_a_stopped_run_names_the_signal(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    with pytest.raises(SystemExit) as ended, cli._job(str(tmp_path)):
+        raise train.Stopped("stopped, all saved", number)
+    assert ended.value.code == 128 + number
+    assert "stopped, all saved; run the same command again" in capsys.readouterr().out
+
+
 def test_calibration_error_is_that_of_its_definition():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(40, 10)).astype(np.float32) * rng.uniform(0, 12, (40, 1))
