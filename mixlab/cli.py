@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import fnmatch
+import inspect
 import json
 import os
 import re
@@ -157,10 +158,31 @@ def _job(workdir: str) -> Iterator[None]:
         _fail(f"{type(error).__name__}: {error}", 1)
 
 
+def _usage(command: str) -> str:
+    """What `USAGE` says of a command."""
+    _, name, rest = USAGE.partition(f"  mixlab {command} ")
+    said, *_ = rest.split("\n  mixlab ")
+    return f"usage:\n{name}{said.rstrip()}\n"
+
+
+def _fields(default_config: Callable[[], ConfigDict]) -> str:
+    """The fields of a config, their defaults, and what its source says beside them."""
+    beside = re.compile(r"^    config\.(\w+) = .*  # (.+)$", re.MULTILINE)
+    said = dict(beside.findall(inspect.getsource(default_config)))
+    lines = [
+        f"  {name} = {value!r}" + (f"  # {said[name]}" if name in said else "")
+        for name, value in default_config().to_dict().items()
+    ]
+    return "\n".join(["Fields of the config, with their defaults:", *lines, ""])
+
+
 def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     """The config and the workdir that the command line asks for."""
     if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
+        from mixlab import barrier, experts, train
+
+        configs = {"experts": experts.default_config, "barrier": barrier.default_config}
+        print(f"{_usage(command)}\n{_fields(configs.get(command, train.default_config))}", end="")
         sys.exit(0)
     sweeps = [_SWEEP.fullmatch(argument) for argument in arguments]
     swept = {m["field"]: m["values"] for m in sweeps if m}
@@ -189,7 +211,7 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     except OSError as error:
         _fail(f"cannot read the config: {error}", 2)
     if config is None or workdir is None:
-        _fail(f"--config and --workdir must be given\n\n{USAGE}", 2)
+        _fail(f"--config and --workdir must be given\n\n{_usage(command)}", 2)
     return config, os.path.abspath(workdir)
 
 
@@ -213,7 +235,7 @@ def _set_sweep(config: ConfigDict, swept: dict[str, str], given: set[str]) -> No
 
 def _report(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
+        print(_usage("report"), end="")
         sys.exit(0)
     if len(arguments) != 1:
         _fail(f"usage: mixlab report DIR, got {list(arguments)}", 2)

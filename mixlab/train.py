@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from mixlab import distributed, report, spec
 from mixlab.checkpoint import Checkpoints, read_agents
 from mixlab.experiment import Carry, Experiment, check, prepare
+from mixlab.experiment import default_config as default_config  # that of `train`
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
 

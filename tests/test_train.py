@@ -330,6 +330,27 @@ def test_the_first_interrupt_saves_and_the_second_interrupts_as_usual(capfd):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train", "  keep_checkpoints = 2\n"),
+        ("sweep", "  batch_size = 50  # of each agent\n"),
+        ("experts", "  tune_steps = 200  # of each expert; training on all"),
+        ("barrier", "  epochs = 10\n"),
+        ("report", "report.md, results.csv, figures.\n"),
+    ],
+)
+def test_the_help_of_a_command_is_its_own_and_lists_its_fields(command, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mixlab", command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage:\n  mixlab {command} ")
+    assert says in told
+    assert "mixlab gallery" not in told
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_exit_status_of_a_stopped_run_names_the_signal(number, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
