@@ -106,7 +106,7 @@ def _sweep(arguments: Sequence[str]) -> None:
         path, failures = sweep.sweep(config, workdir, jobs.value)
     report.show(path)
     if failures:
-        _fail(f"{len(failures)} runs failed: {', '.join(failures)}", 1)
+        _fail(f"{report.count(len(failures), 'run')} failed: {', '.join(failures)}", 1)
 
 
 def _experts(arguments: Sequence[str]) -> None:

@@ -64,7 +64,10 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
     folders = {name: workdir / "runs" / name for name in variants}
     left = [name for name in variants if not is_finished(folders[name], variants[name])]
     count, done = len(variants), len(variants) - len(left)
-    print(f"{count} runs, {done} of them finished; {jobs} at once\nin {workdir}", flush=True)
+    print(
+        f"{report.count(count, 'run')}, {done} of them finished; {jobs} at once\nin {workdir}",
+        flush=True,
+    )
     line = LiveLine()
     failures: dict[str, str] = {}
     lengths: list[float] = []
@@ -75,7 +78,8 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
                 running[name] = _start(workdir, name)
             time.sleep(0.1)
             if number := terminated():
-                raise train.Stopped(f"stopped with {len(running) + len(left)} runs to go", number)
+                to_go = report.count(len(running) + len(left), "run")
+                raise train.Stopped(f"stopped with {to_go} to go", number)
             ended = [name for name in running if running[name].process.poll() is not None]
             for name in ended:
                 worker = running.pop(name)

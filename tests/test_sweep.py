@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -84,6 +85,23 @@ def test_a_field_that_the_file_does_not_sweep_is_swept_from_the_command_line():
     assert "'strategy': ('dimat',)" in found
 
 
+@pytest.mark.parametrize(
+    ("names", "says"), [("a", "1 run failed: a"), ("ab", "2 runs failed: a, b")]
+)
+def test_runs_that_failed_are_counted(names, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        cli.flags, "DEFINE_integer", lambda *_, **__: types.SimpleNamespace(value=1)
+    )
+    monkeypatch.setattr(cli, "_parse", lambda command, arguments: (get_config(), str(tmp_path)))
+    monkeypatch.setattr(sweep, "sweep", lambda *_: (tmp_path, dict.fromkeys(names, "")))
+    monkeypatch.setattr(sweep.report, "show", lambda path: None)
+    with pytest.raises(SystemExit) as ended:
+        cli._sweep([])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"\nmixlab: {says}\n"
+
+
 def test_a_run_that_was_stopped_and_has_saved_is_not_marked_as_failed(tmp_path):
     assert "stopped by SIGTERM, and saved" in sweep._failure(tmp_path, 128 + signal.SIGTERM)
     assert not list(tmp_path.iterdir())
@@ -108,7 +126,7 @@ def test_a_sweep_is_interrupted_resumed_and_outlives_a_run_that_diverges(tmp_pat
     process = start(tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert err.strip() == f"mixlab: 1 runs failed: {BAD}"
+    assert err.strip() == f"mixlab: 1 run failed: {BAD}"
     assert f"{BAD}  FAILED: Diverged: the loss of agent" in out
     assert "[3/3]" in out
     assert BAD in (tmp_path / "report.md").read_text()

@@ -6,8 +6,9 @@ from pathlib import Path
 from mixlab.report import drawing, records, tables, text
 from mixlab.report.records import is_last
 from mixlab.report.tables import COLUMNS, COMMUNICATION, cell, markdown
+from mixlab.report.text import count
 
-__all__ = ["COLUMNS", "COMMUNICATION", "cell", "is_last", "markdown", "show", "write"]
+__all__ = ["COLUMNS", "COMMUNICATION", "cell", "count", "is_last", "markdown", "show", "write"]
 
 
 def write(workdir: str | Path) -> Path:

@@ -102,7 +102,8 @@ def about_faults(runs: list[records.Run]) -> list[str]:
     return ["## Faults", "", *lines, ""]
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """So many of them, in the plural unless it is one."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
@@ -137,7 +138,7 @@ def about(runs: list[records.Run]) -> str:
         ran = f" Began with the agents of `{config['start_from']}`.{ran}"
     return (
         f"{topology}{model}{augmentation}; {optimizer} an agent; "
-        f"{_count(config['pretrain_epochs'], 'epoch')} apart, then "
-        f"{_count(config['rounds'], 'round')} of "
-        f"{_count(config['epochs_per_round'], 'epoch')}.{ran}"
+        f"{count(config['pretrain_epochs'], 'epoch')} apart, then "
+        f"{count(config['rounds'], 'round')} of "
+        f"{count(config['epochs_per_round'], 'epoch')}.{ran}"
     )
