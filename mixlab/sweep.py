@@ -60,9 +60,10 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
     """
     workdir = Path(workdir).absolute()
     variants = train.variants(config)
-    train.claim(workdir, config)
     folders = {name: workdir / "runs" / name for name in variants}
     left = [name for name in variants if not is_finished(folders[name], variants[name])]
+    train.check_partitions({name: variants[name] for name in left})
+    train.claim(workdir, config)
     count, done = len(variants), len(variants) - len(left)
     print(
         f"{report.count(count, 'run')}, {done} of them finished; {jobs} at once\nin {workdir}",

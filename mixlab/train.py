@@ -29,6 +29,7 @@ from mixlab import distributed, report, spec
 from mixlab.checkpoint import Checkpoints, read_agents
 from mixlab.experiment import Carry, Experiment, check, prepare
 from mixlab.experiment import default_config as default_config  # that of `train`
+from mixlab.experiment.config import check_partitions as check_partitions  # that of `sweep`, too
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
 
@@ -71,6 +72,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     """
     workdir = Path(workdir).absolute()
     runs = variants(config)
+    check_partitions(runs)
     distributed.once(lambda: claim(workdir, config))
     with termination() as terminated:
         for name in runs:

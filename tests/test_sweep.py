@@ -102,6 +102,14 @@ def test_runs_that_failed_are_counted(names, says, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == f"\nmixlab: {says}\n"
 
 
+def test_a_sweep_whose_agents_cannot_hold_the_data_does_not_begin(tmp_path):
+    config = get_config()
+    config.sweep.partition = ("iid", "shards")
+    with pytest.raises(ValueError, match="-shards-none: 2 agents of 2 classes each cannot hold"):
+        sweep.sweep(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_was_stopped_and_has_saved_is_not_marked_as_failed(tmp_path):
     assert "stopped by SIGTERM, and saved" in sweep._failure(tmp_path, 128 + signal.SIGTERM)
     assert not list(tmp_path.iterdir())

@@ -267,6 +267,11 @@ def test_a_diverging_run_names_step_and_agent_and_keeps_its_checkpoint(tmp_path)
         ({"pretrain_epoch": 5}, ValueError, "no field 'pretrain_epoch': did you mean 'pretrain_ep"),
         ({"stratgy": "wa", "sweep": ConfigDict({"stratgy": ("wa",)})}, ValueError, "'strategy'"),
         ({"sweep": ConfigDict({"agents": ()})}, ValueError, "has no values"),
+        (
+            {"sweep": ConfigDict({"agents": (5, 4), "partition": ("iid", "shards")})},
+            ValueError,
+            "4-shards: 4 agents of 2 classes each cannot hold 10 classes",
+        ),
     ],
 )
 def test_what_cannot_be_run_says_why(tmp_path, fields, error, says):
