@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import fnmatch
+import inspect
 import json
 import os
 import re
@@ -60,7 +61,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; made if 
 
 
 def main() -> None:
-    """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage."""
+    """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage.
+
+    Of what a signal stops it is 128 and its number: 143 for SIGTERM, 130 for Ctrl-C.
+    """
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
         "sweep": _sweep,
@@ -102,7 +106,7 @@ def _sweep(arguments: Sequence[str]) -> None:
         path, failures = sweep.sweep(config, workdir, jobs.value)
     report.show(path)
     if failures:
-        _fail(f"{len(failures)} runs failed: {', '.join(failures)}", 1)
+        _fail(f"{report.count(len(failures), 'run')} failed: {', '.join(failures)}", 1)
 
 
 def _experts(arguments: Sequence[str]) -> None:
@@ -142,7 +146,8 @@ def _job(workdir: str) -> Iterator[None]:
         yield
     except train.Stopped as stopped:
         print(f"\n{stopped}; run the same command again to go on", flush=True)
-        sys.exit(0)
+        # Launchers of several processes end the others when one has failed: none has.
+        sys.exit(0 if jax.distributed.is_initialized() else 128 + stopped.number)
     except distributed.FailedElsewhere:
         distributed.leave(1)
     except KeyboardInterrupt:
@@ -153,10 +158,31 @@ def _job(workdir: str) -> Iterator[None]:
         _fail(f"{type(error).__name__}: {error}", 1)
 
 
+def _usage(command: str) -> str:
+    """What `USAGE` says of a command."""
+    _, name, rest = USAGE.partition(f"  mixlab {command} ")
+    said, *_ = rest.split("\n  mixlab ")
+    return f"usage:\n{name}{said.rstrip()}\n"
+
+
+def _fields(default_config: Callable[[], ConfigDict]) -> str:
+    """The fields of a config, their defaults, and what its source says beside them."""
+    beside = re.compile(r"^    config\.(\w+) = .*  # (.+)$", re.MULTILINE)
+    said = dict(beside.findall(inspect.getsource(default_config)))
+    lines = [
+        f"  {name} = {value!r}" + (f"  # {said[name]}" if name in said else "")
+        for name, value in default_config().to_dict().items()
+    ]
+    return "\n".join(["Fields of the config, with their defaults:", *lines, ""])
+
+
 def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     """The config and the workdir that the command line asks for."""
     if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
+        from mixlab import barrier, experts, train
+
+        configs = {"experts": experts.default_config, "barrier": barrier.default_config}
+        print(f"{_usage(command)}\n{_fields(configs.get(command, train.default_config))}", end="")
         sys.exit(0)
     sweeps = [_SWEEP.fullmatch(argument) for argument in arguments]
     swept = {m["field"]: m["values"] for m in sweeps if m}
@@ -185,7 +211,7 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     except OSError as error:
         _fail(f"cannot read the config: {error}", 2)
     if config is None or workdir is None:
-        _fail(f"--config and --workdir must be given\n\n{USAGE}", 2)
+        _fail(f"--config and --workdir must be given\n\n{_usage(command)}", 2)
     return config, os.path.abspath(workdir)
 
 
@@ -209,7 +235,7 @@ def _set_sweep(config: ConfigDict, swept: dict[str, str], given: set[str]) -> No
 
 def _report(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
+        print(_usage("report"), end="")
         sys.exit(0)
     if len(arguments) != 1:
         _fail(f"usage: mixlab report DIR, got {list(arguments)}", 2)

@@ -8,6 +8,7 @@ others need no disk in common with it.
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -127,7 +128,7 @@ def share_arrays(tree: PyTree) -> PyTree:
 
 
 class Termination:
-    """Whether any process was asked to end by SIGTERM, told to all at the same step.
+    """SIGTERM once any process was asked to end by it, else 0; told to all at the same step.
 
     JAX's coordination service carries the word, so asking costs no exchange between devices. Its
     handler of the signal stands from `initialize` on; nobody else may set one.
@@ -136,8 +137,8 @@ class Termination:
     def __init__(self) -> None:
         self._asked, self._agreed = 0, False
 
-    def __call__(self) -> bool:
+    def __call__(self) -> int:
         """Ask equally often in every process."""
         self._asked += 1
         self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._asked)
-        return self._agreed
+        return signal.SIGTERM if self._agreed else 0

@@ -26,6 +26,9 @@ from mixlab.progress import LiveLine, duration
 PATIENCE = 60.0
 """Seconds that runs have to save themselves when the sweep is asked to stop."""
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Statuses with which a run's process ends that a signal has stopped, saved."""
+
 
 class Worker(NamedTuple):
     """A run in progress: its process, and when that began, in seconds of `time.monotonic`."""
@@ -51,16 +54,21 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
     Raises:
         ValueError: a field of the sweep cannot be used, the folder holds another config, or all
             runs failed.
-        train.Stopped: SIGTERM arrived; the runs in progress have been saved.
-        KeyboardInterrupt: as usual, but the runs in progress have been saved.
+        train.Stopped: SIGTERM or Ctrl-C arrived; the runs in progress have been saved.
+        KeyboardInterrupt: Ctrl-C came twice; the runs in progress have been killed, and keep what
+            they had saved.
     """
     workdir = Path(workdir).absolute()
     variants = train.variants(config)
-    train.claim(workdir, config)
     folders = {name: workdir / "runs" / name for name in variants}
     left = [name for name in variants if not is_finished(folders[name], variants[name])]
+    train.check_partitions({name: variants[name] for name in left})
+    train.claim(workdir, config)
     count, done = len(variants), len(variants) - len(left)
-    print(f"{count} runs, {done} of them finished; {jobs} at once\nin {workdir}", flush=True)
+    print(
+        f"{report.count(count, 'run')}, {done} of them finished; {jobs} at once\nin {workdir}",
+        flush=True,
+    )
     line = LiveLine()
     failures: dict[str, str] = {}
     lengths: list[float] = []
@@ -70,8 +78,9 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
                 name = left.pop(0)
                 running[name] = _start(workdir, name)
             time.sleep(0.1)
-            if terminated():
-                raise train.Stopped(f"stopped with {len(running) + len(left)} runs to go")
+            if number := terminated():
+                to_go = report.count(len(running) + len(left), "run")
+                raise train.Stopped(f"stopped with {to_go} to go", number)
             ended = [name for name in running if running[name].process.poll() is not None]
             for name in ended:
                 worker = running.pop(name)
@@ -98,7 +107,7 @@ def is_finished(folder: Path, config: ConfigDict) -> bool:
         last = json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError):  # none, or one that a killed run was writing
         return False
-    at_end = last["phase"] == "local" and last["round"] == config.rounds
+    at_end = report.is_last(last, config.rounds)
     return at_end and (folder / "checkpoints" / f"step_{last['step']}").exists()
 
 
@@ -137,13 +146,27 @@ def _workers() -> Iterator[dict[str, Worker]]:
                 print(f"\nsaving {', '.join(running)} ...", flush=True)
             for worker in running.values():
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            for worker in running.values():
-                worker.process.kill()
+        except subprocess.TimeoutExpired:
+            _kill(running)
+        except KeyboardInterrupt:
+            _kill(running)
+            raise
+
+
+def _kill(running: dict[str, Worker]) -> None:
+    for worker in running.values():
+        worker.process.kill()
 
 
 def _failure(folder: Path, status: int) -> str:
-    """Why a run failed that ended with this status; empty if it did not."""
+    """Why a run failed that ended with this status; empty if it did not.
+
+    One that was itself told to stop, and has saved, is not marked as failed in its folder.
+    """
+    if status in STOPPED:
+        return (
+            f"stopped by {signal.Signals(status - 128).name}, and saved; see {folder / 'log.txt'}"
+        )
     path = folder / "failed.json"
     if status and not path.exists():
         ended = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -191,7 +214,11 @@ def _work(workdir: Path, name: str) -> None:
     agents.force_cpu_devices(runs[name].agents)  # before JAX starts
     logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of its threads
     with train.termination() as terminated:
-        train.run_variant(runs, name, workdir, terminated)
+        try:
+            train.run_variant(runs, name, workdir, terminated)
+        except train.Stopped as stopped:
+            print(f"\n{stopped}", flush=True)
+            sys.exit(128 + stopped.number)
 
 
 if __name__ == "__main__":

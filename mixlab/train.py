@@ -9,6 +9,7 @@ puts them in one report. What a config's fields mean is in `mixlab.experiment`.
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import threading
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -26,6 +28,8 @@ from ml_collections import ConfigDict
 from mixlab import distributed, report, spec
 from mixlab.checkpoint import Checkpoints, read_agents
 from mixlab.experiment import Carry, Experiment, check, prepare
+from mixlab.experiment import default_config as default_config  # that of `train`
+from mixlab.experiment.config import check_partitions as check_partitions  # that of `sweep`, too
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
 
@@ -35,7 +39,16 @@ class Diverged(FloatingPointError):
 
 
 class Stopped(Exception):
-    """The process was asked to end; the run has been saved."""
+    """The process was asked to end; the run has been saved.
+
+    Args:
+        message: how far it came.
+        number: of the signal that asked.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.number = number
 
 
 def train(config: ConfigDict, workdir: str | Path) -> Path:
@@ -52,12 +65,14 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     Raises:
         ValueError: a field cannot be used, or the folder holds another config.
         Diverged: a loss became NaN or infinite; the last good checkpoint is kept.
-        Stopped: SIGTERM arrived, in any process; the state has been saved.
+        Stopped: SIGTERM arrived, in any process, or Ctrl-C; the state has been saved.
+        KeyboardInterrupt: Ctrl-C came twice; older checkpoints are kept.
         distributed.FailedElsewhere: process 0 failed.
         checkpoint.CheckpointError: saving failed, e.g. because the disk is full.
     """
     workdir = Path(workdir).absolute()
     runs = variants(config)
+    check_partitions(runs)
     distributed.once(lambda: claim(workdir, config))
     with termination() as terminated:
         for name in runs:
@@ -67,7 +82,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
 
 
 def run_variant(
-    runs: dict[str, ConfigDict], name: str, workdir: Path, terminated: Callable[[], bool]
+    runs: dict[str, ConfigDict], name: str, workdir: Path, terminated: Callable[[], int]
 ) -> None:
     """Runs one of the `variants` in `workdir`, or goes on with it; see `train`.
 
@@ -77,7 +92,7 @@ def run_variant(
         runs: all of them; the number of this one among them orders the report.
         name: which.
         workdir: claimed before.
-        terminated: whether to save and stop.
+        terminated: whether to save and stop, see `termination`.
     """
     number, variant = list(runs).index(name) + 1, runs[name]
     folder = workdir / "runs" / name
@@ -108,7 +123,7 @@ def _run(
     experiment: Experiment,
     folder: Path,
     title: str,
-    terminated: Callable[[], bool],
+    terminated: Callable[[], int],
 ) -> None:
     """Trains the agents in `folder`, from its newest checkpoint if it has one."""
     parallel, strategy = experiment.parallel, experiment.strategy
@@ -221,11 +236,11 @@ def _run(
                 record(step + 1, "local", carry)
                 carry = carry._replace(totals=jax.tree.map(jnp.zeros_like, carry.totals))
             stop = terminated()
-            if is_checkpoint(step + 1) or stop:
+            if stop or is_checkpoint(step + 1):
                 save(step + 1, carry)
             if stop:
                 checkpoints.wait()
-                raise Stopped(f"{title}: stopped after step {step + 1} of {total}, all saved")
+                raise Stopped(f"{title}: stopped after step {step + 1} of {total}, all saved", stop)
         checkpoints.wait()
         line.done(distributed.once(lambda: _last_words(folder / "metrics.jsonl")) or "done")
 
@@ -396,20 +411,37 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGTERM has arrived, here or in another process."""
+def termination() -> Iterator[Callable[[], int]]:
+    """Gives a function that tells which signal to end has arrived, 0 before one has.
+
+    That is SIGTERM, here or in another process, or Ctrl-C (SIGINT), here; whoever presses that
+    once more, or after SIGTERM, interrupts as usual.
+    """
     arrived: list[int] = []
     if jax.process_count() > 1:
         yield distributed.Termination()
         return
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may set handlers
+        yield lambda: 0  # only the main thread may set handlers
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    interrupt = signal.getsignal(signal.SIGINT)
+
+    def arrive(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        if callable(interrupt):
+            signal.signal(signal.SIGINT, interrupt)
+        if number == signal.SIGINT:  # not printed: that may be what the signal interrupts
+            os.write(2, b"\nsaving, then stopping; Ctrl-C again stops at once, without saving\n")
+
+    before = signal.signal(signal.SIGTERM, arrive)
+    if callable(interrupt):  # in the background of a shell it is ignored, and stays so
+        signal.signal(signal.SIGINT, arrive)
     try:
-        yield lambda: bool(arrived)
+        yield lambda: arrived[0] if arrived else 0
     finally:
         signal.signal(signal.SIGTERM, before)
+        if callable(interrupt):
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def _last_words(metrics: Path) -> str:

@@ -34,7 +34,9 @@ def record(step, phase, round, accuracy, sent, received):
     }
 
 
-def write_run(workdir, number, accuracy, failed=None, byzantine=(), happened="", **fields):
+def write_run(
+    workdir, number, accuracy, failed=None, recorded=5, byzantine=(), happened="", **fields
+):
     """Two rounds of two epochs after one epoch apart; the last merge reaches `accuracy`."""
     folder = workdir / "runs" / f"{number:02d}"
     folder.mkdir(parents=True)
@@ -71,6 +73,7 @@ def write_run(workdir, number, accuracy, failed=None, byzantine=(), happened="",
     if failed:
         (folder / "failed.json").write_text(json.dumps({"reason": failed}))
         lines = lines[:1]
+    lines = lines[:recorded]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -146,6 +149,34 @@ def test_runs_that_failed_are_named_and_in_no_mean(large, capsys):
         assert len(list(csv.DictReader(file))) == 18
     report.show(large)
     assert "FAILED  15: Diverged: too" in capsys.readouterr().out
+
+
+def test_runs_that_are_not_finished_are_named_and_in_no_mean(undrawn, tmp_path, capsys):
+    write_run(tmp_path, 1, 0.5, strategy="wa", seed=0)
+    write_run(tmp_path, 2, 0.7, strategy="wa", seed=1)
+    folder = write_run(tmp_path, 3, 0.9, strategy="wa", seed=2, recorded=4)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 50, "phase": "loc')  # killed while it wrote
+    write_run(tmp_path, 4, 0.9, strategy="wa", seed=3, recorded=0)
+    path = report.write(tmp_path)
+    (head, row), *_ = tables(path.read_text())
+    assert dict(zip(head, row, strict=True))["merged mean"] == "60.0 ± 14.1"
+    assert "- 03: round 2 of 2 (epoch 3)\n- 04: nothing recorded yet" in path.read_text()
+    assert "over seeds 0, 1." in path.read_text()
+    report.show(path)
+    assert "NOT FINISHED  03: round 2 of 2 (epoch 3)" in capsys.readouterr().out
+
+
+def test_a_report_of_runs_none_of_which_is_finished_shows_them_and_says_so(
+    undrawn, tmp_path, capsys
+):
+    write_run(tmp_path, 1, 0.5, strategy="wa", recorded=3)
+    path = report.write(tmp_path)
+    (head, row), *_ = tables(path.read_text())
+    assert dict(zip(head, row, strict=True))["merged mean"] == "20.0"
+    assert "No run is finished: what is shown is what they have reached." in path.read_text()
+    report.show(path)
+    assert "No run is finished" in capsys.readouterr().out
 
 
 def test_communication_is_told_by_kind(large):

@@ -80,7 +80,7 @@ def test_killed_anywhere_it_ends_the_same(finished, tmp_path, like):
 @pytest.mark.slow
 def test_sigterm_saves_and_a_later_start_goes_on(finished, tmp_path, like):
     result = run(*command(tmp_path), interrupted=["term", "30"])
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
     assert "stopped after step 30 of 48, all saved; run the same command again" in result.stdout
     assert final_state(tmp_path, like)[0] == 30
     assert run(*command(tmp_path)).returncode == 0

@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
-from mixlab import cli, train
+from mixlab import cli, sweep, train
 from mixlab.sweep import is_finished
 from tests.sweep_config import get_config
 
@@ -84,23 +85,56 @@ def test_a_field_that_the_file_does_not_sweep_is_swept_from_the_command_line():
     assert "'strategy': ('dimat',)" in found
 
 
+@pytest.mark.parametrize(
+    ("names", "says"), [("a", "1 run failed: a"), ("ab", "2 runs failed: a, b")]
+)
+def test_runs_that_failed_are_counted(names, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        cli.flags, "DEFINE_integer", lambda *_, **__: types.SimpleNamespace(value=1)
+    )
+    monkeypatch.setattr(cli, "_parse", lambda command, arguments: (get_config(), str(tmp_path)))
+    monkeypatch.setattr(sweep, "sweep", lambda *_: (tmp_path, dict.fromkeys(names, "")))
+    monkeypatch.setattr(sweep.report, "show", lambda path: None)
+    with pytest.raises(SystemExit) as ended:
+        cli._sweep([])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"\nmixlab: {says}\n"
+
+
+def test_a_sweep_whose_agents_cannot_hold_the_data_does_not_begin(tmp_path):
+    config = get_config()
+    config.sweep.partition = ("iid", "shards")
+    with pytest.raises(ValueError, match="-shards-none: 2 agents of 2 classes each cannot hold"):
+        sweep.sweep(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_stopped_and_has_saved_is_not_marked_as_failed(tmp_path):
+    assert "stopped by SIGTERM, and saved" in sweep._failure(tmp_path, 128 + signal.SIGTERM)
+    assert not list(tmp_path.iterdir())
+    assert "ended by SIGKILL" in sweep._failure(tmp_path, -signal.SIGKILL)
+    assert (tmp_path / "failed.json").exists()
+    assert not sweep._failure(tmp_path, 0)
+
+
 @pytest.mark.slow
 def test_a_sweep_is_interrupted_resumed_and_outlives_a_run_that_diverges(tmp_path):
-    sweep = start(tmp_path)
+    process = start(tmp_path)
     while not list(tmp_path.glob("runs/*/metrics.jsonl")):
-        assert sweep.poll() is None, sweep.stderr.read()
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-    sweep.send_signal(signal.SIGINT)
-    out, err = sweep.communicate(timeout=120)
-    assert sweep.returncode == 130, f"{out}\n{err}"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, f"{out}\n{err}"
     assert "saving adam_1e_2-" in out
-    assert "run the same command again to go on" in err
+    assert "run the same command again to go on" in out
     assert not list(tmp_path.glob("runs/*/failed.json"))
 
-    sweep = start(tmp_path)
-    out, err = sweep.communicate(timeout=300)
-    assert sweep.returncode == 1
-    assert err.strip() == f"mixlab: 1 runs failed: {BAD}"
+    process = start(tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.strip() == f"mixlab: 1 run failed: {BAD}"
     assert f"{BAD}  FAILED: Diverged: the loss of agent" in out
     assert "[3/3]" in out
     assert BAD in (tmp_path / "report.md").read_text()

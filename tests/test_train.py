@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import shutil
+import signal
 import types
 
 import jax
@@ -263,7 +264,14 @@ def test_a_diverging_run_names_step_and_agent_and_keeps_its_checkpoint(tmp_path)
             "dimat_matching_weight: unknown matching 'weight'; did you mean 'weights'",
         ),
         ({"sweep": ConfigDict({"agent": (1,)})}, ValueError, "did you mean 'agents'"),
+        ({"pretrain_epoch": 5}, ValueError, "no field 'pretrain_epoch': did you mean 'pretrain_ep"),
+        ({"stratgy": "wa", "sweep": ConfigDict({"stratgy": ("wa",)})}, ValueError, "'strategy'"),
         ({"sweep": ConfigDict({"agents": ()})}, ValueError, "has no values"),
+        (
+            {"sweep": ConfigDict({"agents": (5, 4), "partition": ("iid", "shards")})},
+            ValueError,
+            "4-shards: 4 agents of 2 classes each cannot hold 10 classes",
+        ),
     ],
 )
 def test_what_cannot_be_run_says_why(tmp_path, fields, error, says):
@@ -303,6 +311,58 @@ def test_a_folder_takes_more_values_of_a_sweep_and_no_other_config(tmp_path):
     del config.sweep["seed"]  # runs would be named otherwise
     with pytest.raises(ValueError, match="sweep: "):
         train.claim(tmp_path, config)
+
+
+def test_the_first_interrupt_saves_and_the_second_interrupts_as_usual(capfd):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    term = signal.getsignal(signal.SIGTERM)
+    try:
+        for first in (signal.SIGINT, signal.SIGTERM):
+            with train.termination() as terminated:
+                assert not terminated()
+                signal.raise_signal(first)
+                assert terminated() == first
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert signal.getsignal(signal.SIGTERM) == term
+        assert "saving, then stopping" in capfd.readouterr().err
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
+        with train.termination() as terminated:
+            signal.raise_signal(signal.SIGINT)
+            assert not terminated()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train", "  keep_checkpoints = 2\n"),
+        ("sweep", "  batch_size = 50  # of each agent\n"),
+        ("experts", "  tune_steps = 200  # of each expert; training on all"),
+        ("barrier", "  epochs = 10\n"),
+        ("report", "report.md, results.csv, figures.\n"),
+    ],
+)
+def test_the_help_of_a_command_is_its_own_and_lists_its_fields(command, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mixlab", command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage:\n  mixlab {command} ")
+    assert says in told
+    assert "mixlab gallery" not in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_exit_status_of_a_stopped_run_names_the_signal(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    with pytest.raises(SystemExit) as ended, cli._job(str(tmp_path)):
+        raise train.Stopped("stopped, all saved", number)
+    assert ended.value.code == 128 + number
+    assert "stopped, all saved; run the same command again" in capsys.readouterr().out
 
 
 def test_calibration_error_is_that_of_its_definition():

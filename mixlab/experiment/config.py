@@ -1,8 +1,9 @@
 """The fields of an experiment, what they may say, and the data sets they name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import optax
 from ml_collections import ConfigDict, config_dict
 
@@ -86,9 +87,14 @@ def check(config: ConfigDict) -> None:
     What texts describe is built, which costs little, and forgotten.
 
     Raises:
-        ValueError: a field names something unknown, or has a value that cannot be used.
+        ValueError: there is no such field, or one names something unknown, or has a value that
+            cannot be used.
         TypeError: a field gives an argument that what it names does not take.
     """
+    fields = list(default_config())
+    if unknown := [field for field in config if field not in fields]:
+        told = "; ".join(f"{field!r}: {spec.nearest(field, fields)}" for field in unknown)
+        raise ValueError(f"the config has no field {told}")
     for field, least in _LEAST.items():
         if config[field] is not None and config[field] < least:
             raise ValueError(f"{field} must be at least {least}, got {config[field]}")
@@ -139,10 +145,47 @@ def datasets(config: ConfigDict) -> tuple[data.Dataset, data.Dataset]:
         ValueError: no such set or split, or data that cannot be used.
         ModuleNotFoundError: the data set needs the extra `data`.
     """
-    known = ("data_dir", "download", "image_size", "memory_bytes")
-    options = {name: config[name] for name in known if name in config}
+    options = _data_options(config)
     train_set, test_set = (
         data.load(config.data, split, **options)
         for split in (config.train_split, config.test_split)
     )
     return train_set, test_set
+
+
+def check_partitions(configs: Mapping[str, ConfigDict]) -> None:
+    """Refuses configs whose agents cannot hold their data, each data set loaded once.
+
+    Where all deal out the same data alike nothing is loaded: the first run tells as soon.
+
+    Args:
+        configs: that `check` accepts, by name.
+
+    Raises:
+        ValueError: data cannot be loaded, or not be dealt out as a config says, which is named.
+        ModuleNotFoundError: a data set needs the extra `data`.
+    """
+    dealt: dict[tuple[str, str, int, int], str] = {}
+    for name, config in configs.items():
+        source = repr((config.data, config.train_split, _data_options(config)))
+        dealt.setdefault((source, config.partition, config.agents, config.seed), name)
+    if len(dealt) < 2:
+        return
+    labels: dict[str, np.ndarray] = {}
+    for (source, partition, num_agents, seed), name in dealt.items():
+        config = configs[name]
+        try:
+            if source not in labels:
+                options = _data_options(config)
+                if config.data.startswith("folder:"):
+                    options["memory_bytes"] = 0  # leaves the images where they are
+                labels[source] = data.load(config.data, config.train_split, **options).labels
+            agents.partition.parse(partition)(labels[source], num_agents, seed)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _data_options(config: ConfigDict) -> dict[str, Any]:
+    """What `data.load` takes of a config, besides name and split."""
+    known = ("data_dir", "download", "image_size", "memory_bytes")
+    return {name: config[name] for name in known if name in config}

@@ -4,15 +4,18 @@ import csv
 from pathlib import Path
 
 from mixlab.report import drawing, records, tables, text
+from mixlab.report.records import is_last
 from mixlab.report.tables import COLUMNS, COMMUNICATION, cell, markdown
+from mixlab.report.text import count
 
-__all__ = ["COLUMNS", "COMMUNICATION", "cell", "markdown", "show", "write"]
+__all__ = ["COLUMNS", "COMMUNICATION", "cell", "count", "is_last", "markdown", "show", "write"]
 
 
 def write(workdir: str | Path) -> Path:
     """Writes `report.md`, `results.csv` and `figures/` of a workdir.
 
-    Runs that failed are named with their reasons, and are no part of any mean.
+    Runs that failed are named with their reasons, and are no part of any mean. Nor are those that
+    are not finished, unless none is: then they are shown, and it is said.
 
     Returns:
         The path of `report.md`.
@@ -21,7 +24,7 @@ def write(workdir: str | Path) -> Path:
         ValueError: the folder holds no runs with records.
     """
     workdir = Path(workdir)
-    runs, failures = records.read(workdir)
+    runs, failures, unfinished = records.read(workdir)
     fields = [*records.differing(runs), *(["seed"] if records.seeds(runs) else [])]
     with open(workdir / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -53,6 +56,7 @@ def write(workdir: str | Path) -> Path:
         *([text.LEGEND_OF_ECE] if "ECE" in tables.columns(runs) else []),
         *text.notes(runs),
         "",
+        *text.about_unfinished(unfinished, runs),
         *text.about_failures(failures),
         *text.about_faults(runs),
         *([] if records.alone(runs) else text.about_communication(runs)),
@@ -67,7 +71,7 @@ def show(path: Path) -> None:
     """Prints the results of a report and where its files are."""
     path = path.resolve()
     workdir = path.parent
-    runs, failures = records.read(workdir)
+    runs, failures, unfinished = records.read(workdir)
     print(f"\n{tables.summary(runs) if records.is_large(runs) else tables.table(runs)}\n")
     if records.is_large(runs):
         print(text.LEGEND_OF_SUMMARY, end="")
@@ -81,8 +85,12 @@ def show(path: Path) -> None:
         )
     for note in text.notes(runs):
         print(note)
-    if failures:
+    if failures or unfinished:
         print()
+    for run in unfinished:
+        print(f"NOT FINISHED  {run.name}: {run}")
+    if unfinished:
+        print(text.shown_unfinished(unfinished, runs))
     for failure in failures:
         print(f"FAILED  {failure.name}: {failure.reason}")
     print(f"\nreport       {path}")

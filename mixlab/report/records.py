@@ -1,6 +1,7 @@
 """Runs as a workdir holds them, and how they group."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,24 @@ class Failure(NamedTuple):
     reason: str
     step: int | None
     config: dict[str, Any] | None
+
+
+class Unfinished(NamedTuple):
+    """A run that has not come to its end: its name, and its last record, None before the first."""
+
+    name: str
+    rounds: int
+    last: dict[str, Any] | None
+
+    def __str__(self) -> str:
+        if self.last is None:
+            return "nothing recorded yet"
+        return f"round {self.last['round']} of {self.rounds} (epoch {self.last['epoch']:g})"
+
+
+def is_last(record: dict[str, Any], rounds: int) -> bool:
+    """Whether a run of so many rounds is at its end with this record."""
+    return bool(record["phase"] == "local" and record["round"] == rounds)
 
 
 def alone(runs: list[Run]) -> bool:
@@ -89,30 +108,52 @@ def base(runs: list[Run]) -> str:
     return ""
 
 
-def read(workdir: Path) -> tuple[list[Run], list[Failure]]:
-    """The runs of a workdir in their order, and those that failed.
+def read(workdir: Path) -> tuple[list[Run], list[Failure], list[Unfinished]]:
+    """The runs of a workdir in their order, those that failed, and those that are not finished.
+
+    Unfinished runs are no part of the first, unless there are no others.
 
     Raises:
         ValueError: the folder holds no runs with records.
     """
-    runs, failures = [], []
+    runs: list[Run] = []
+    begun: list[Run] = []
+    failures: list[Failure] = []
+    unfinished: list[Unfinished] = []
     for folder in sorted((workdir / "runs").glob("*")):
         metrics, about = folder / "metrics.jsonl", folder / "setup.json"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         setup: dict[str, Any] = {"config": None, "byzantine": []}
         if about.exists():
             setup = json.loads(about.read_text())
-        records = [_of_honest(json.loads(line), setup["byzantine"]) for line in lines]
+        records = [_of_honest(record, setup["byzantine"]) for record in _whole(lines)]
         failed = folder / "failed.json"
         if failed.exists():
             reason = json.loads(failed.read_text())["reason"]
             step = records[-1]["step"] if records else None
             failures.append(Failure(folder.name, reason, step, setup["config"]))
-        elif records:
-            runs.append(Run(folder.name, folder, setup, records))
-    if not runs:
+        elif setup["config"] is not None:
+            rounds = setup["config"]["rounds"]
+            run = Run(folder.name, folder, setup, records)
+            if records and is_last(records[-1], rounds):
+                runs.append(run)
+                continue
+            unfinished.append(Unfinished(run.name, rounds, records[-1] if records else None))
+            if records:
+                begun.append(run)
+    if not (runs or begun):
         raise ValueError(f"{workdir} holds no runs with records; mixlab train --workdir makes them")
-    return sorted(runs, key=lambda run: run.setup["number"]), failures
+    return sorted(runs or begun, key=lambda run: run.setup["number"]), failures, unfinished
+
+
+def _whole(lines: list[str]) -> Iterator[dict[str, Any]]:
+    """The records, without a last one that a killed run was writing."""
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
 
 
 def _of_honest(record: dict[str, Any], byzantine: list[int]) -> dict[str, Any]:

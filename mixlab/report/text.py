@@ -65,6 +65,21 @@ def about_failures(failures: list[records.Failure]) -> list[str]:
     return ["## Runs that failed", "", tables.markdown(cells, left=3), ""]
 
 
+def about_unfinished(unfinished: list[records.Unfinished], runs: list[records.Run]) -> list[str]:
+    """The lines on runs that have not come to their end; see `shown_unfinished`."""
+    if not unfinished:
+        return []
+    lines = [f"- {run.name}: {run}" for run in unfinished]
+    return ["## Runs that are not finished", "", shown_unfinished(unfinished, runs), "", *lines, ""]
+
+
+def shown_unfinished(unfinished: list[records.Unfinished], runs: list[records.Run]) -> str:
+    """A sentence on whether `runs`, which the tables show, are those that are not finished."""
+    if {run.name for run in unfinished} & {run.name for run in runs}:
+        return "No run is finished: what is shown is what they have reached."
+    return "They are in no table and no figure; the same command goes on with them."
+
+
 def about_faults(runs: list[records.Run]) -> list[str]:
     """What happened to the agents, told once for the runs to which the same happened."""
     told: dict[str, records.Run] = {}
@@ -87,7 +102,8 @@ def about_faults(runs: list[records.Run]) -> list[str]:
     return ["## Faults", "", *lines, ""]
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """So many of them, in the plural unless it is one."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
@@ -122,7 +138,7 @@ def about(runs: list[records.Run]) -> str:
         ran = f" Began with the agents of `{config['start_from']}`.{ran}"
     return (
         f"{topology}{model}{augmentation}; {optimizer} an agent; "
-        f"{_count(config['pretrain_epochs'], 'epoch')} apart, then "
-        f"{_count(config['rounds'], 'round')} of "
-        f"{_count(config['epochs_per_round'], 'epoch')}.{ran}"
+        f"{count(config['pretrain_epochs'], 'epoch')} apart, then "
+        f"{count(config['rounds'], 'round')} of "
+        f"{count(config['epochs_per_round'], 'epoch')}.{ran}"
     )
