@@ -28,7 +28,7 @@ for ((process = 0; process < MIXLAB_PROCESSES; process++)); do
 done
 # The processes agree on the step at which they stop, whichever of them hears of it.
 told=0
-trap 'told=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM
+trap 'told=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 status=0
 left="$MIXLAB_PROCESSES"
 while ((left > 0)); do

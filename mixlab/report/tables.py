@@ -169,5 +169,5 @@ def communication_row(run: records.Run) -> list[float | None]:
             for way in (sent, received)
         ),
         float(np.max(np.sum(list(sent.values()), axis=0))) / 1e6,
-        *(last["seconds"].get(kind, 0.0) for kind in ("local", "match", "merge")),
+        *(last["seconds"].get(kind) for kind in ("local", "match", "merge")),
     ]
