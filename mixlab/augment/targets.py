@@ -238,7 +238,7 @@ def pick(mask: Array, other: Array, keep: Array, *, whole: bool) -> Array:
         TypeError: the mask holds classes, and pixels are blended.
     """
     keep = keep.reshape(keep.shape + (1,) * (mask.ndim - keep.ndim))
-    if jnp.issubdtype(mask.dtype, jnp.floating):
+    if jnp.issubdtype(mask.dtype, jnp.floating) and not whole:
         dtype = working_dtype(mask.dtype)
         weight = keep.astype(dtype)
         mixed = weight * mask.astype(dtype) + (1.0 - weight) * other.astype(dtype)

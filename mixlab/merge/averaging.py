@@ -208,9 +208,14 @@ def running_average(
     def update(state: Averaged, params: PyTree) -> Averaged:
         new = share(state.num_models)
 
-        def leaf_of(_: str, mean: Array, leaf: Array) -> Array:
+        def leaf_of(name: str, mean: Array, leaf: Array) -> Array:
             if not trees.is_inexact(leaf):
                 return leaf
+            if jnp.shape(leaf) != jnp.shape(mean):
+                raise ValueError(
+                    f"leaf {name!r} of the model is {jnp.shape(leaf)}, that of the average is "
+                    f"{jnp.shape(mean)}"
+                )
             w = new.astype(mean.dtype)
             return (1 - w) * mean + w * leaf.astype(mean.dtype)
 

@@ -111,7 +111,12 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> chains.Stage:
             core.along_models(plan[end], values) for end in ("low", "high", "threshold", "maximum")
         )
         clamped = jnp.sign(values) * jnp.clip(jnp.abs(values), low, high)
-        scores = _normalised(score(plan, name, taus), threshold, maximum)
+        scores = score(plan, name, taus)
+        # Compiled with other code, a score may come out a rounding above itself; alone at its
+        # entry it would take all of it.
+        rounding = 16 * jnp.finfo(scores.dtype).eps * jnp.abs(threshold)
+        kept = scores > threshold + rounding
+        scores = jnp.where(kept, _normalised(scores, threshold, maximum), 0)
         total = jnp.maximum(jnp.sum(scores, axis=0), 1e-12)
         return taus._replace(values=clamped * (scores / total))
 

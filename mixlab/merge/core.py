@@ -336,12 +336,17 @@ def with_base(opened: Models, what: str) -> Leaves:
     return opened.base
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a number, an array or one of a list of them is traced and has no value yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
 def check_finite(value: ArrayLike, name: str, low: float = -np.inf, high: float = np.inf) -> None:
     """Raises a `ValueError` unless every number of `value` is finite and in `[low, high]`.
 
     Traced values pass: they have no value to check.
     """
-    if isinstance(value, jax.core.Tracer):
+    if is_traced(value):
         return
     numbers = np.asarray(value, np.float64)
     if not np.all(np.isfinite(numbers)) or np.any(numbers < low) or np.any(numbers > high):
@@ -379,7 +384,7 @@ def check_weights(weights: Any, *, signed: bool) -> None:
     if weights is None:
         return
     check_finite(weights, "weights")
-    if isinstance(weights, jax.core.Tracer) or signed:
+    if is_traced(weights) or signed:
         return
     numbers = np.asarray(weights, np.float64)
     if np.any(numbers < 0):

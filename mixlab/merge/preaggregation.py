@@ -210,9 +210,12 @@ def _squares(taus: core.Leaves) -> Array:
 
 def _factors(squares: Array, limit: Array) -> Array:
     """What shortens vectors of squared lengths `[M]` to the square root of `limit`, if longer."""
-    # The larger of the two, and above zero, so that zero vectors have a gradient.
-    larger = jnp.maximum(jnp.maximum(squares, limit), jnp.finfo(squares.dtype).tiny)
-    return jnp.sqrt(limit / larger)
+    # The larger of the two, and never zero, nor its square root: so that zero vectors have a
+    # gradient.
+    larger = jnp.maximum(squares, limit)
+    ratio = limit / jnp.where(larger > 0, larger, 1)
+    shortens = ratio > 0
+    return jnp.where(shortens, jnp.sqrt(jnp.where(shortens, ratio, 1)), 0)
 
 
 def _split(key: Key | None) -> tuple[Key | None, Key | None]:

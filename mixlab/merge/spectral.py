@@ -195,8 +195,9 @@ def _polar_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 def _svd(matrices: Array, size: Array) -> tuple[Array, Array, Array]:
     u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
     eps = float(jnp.finfo(s.dtype).eps) * max(matrices.shape[-2:])
-    s = jnp.where(s > eps * jnp.maximum(s[..., :1], size[..., None]), s, 0)
-    has_direction = s > 0
+    negligible = s <= eps * jnp.maximum(s[..., :1], size[..., None])  # never what is not a number
+    s = jnp.where(negligible, 0, s)
+    has_direction = ~negligible
     u = jnp.where(has_direction[..., None, :], u, 0)
     return u, s, jnp.where(has_direction[..., None], vt, 0)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mixlab import augment
+from mixlab.augment import targets
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -328,3 +329,18 @@ def test_transplant():
         aug(KEY, {"image": batch["image"]})
     with pytest.raises(TypeError, match="argmax"):
         aug(KEY, {**batch, "mask": batch["mask"].astype(jnp.float32)})
+
+
+def test_whole_pixels_of_a_partner_leak_nowhere():
+    mask = np.zeros((2, 4, 4), np.float32)
+    mask[1, 0, 0] = np.nan
+    batch = {"image": jnp.zeros((2, 4, 4, 1)), "mask": jnp.asarray(mask)}
+    keep = jnp.ones((2, 4, 4), bool).at[:, 2:, 2:].set(False)
+    found = targets.pick(batch["mask"], batch["mask"][::-1], keep, whole=True)
+    assert np.isfinite(found[0]).all()
+
+
+def test_half_of_a_batch_asks_for_one_entry_an_example():
+    batch = {"image": jnp.ones((4, 2, 2, 1)), "file": ["a", "b", "c", "d"]}
+    with pytest.raises(ValueError, match=r"half of the 4 examples, but batch\['file'\]\[0\]"):
+        augment.mixup(pairing="half")(jax.random.key(0), batch)

@@ -144,3 +144,16 @@ def test_greedy_soup():
     assert tie.picks == [0, 1]
     with pytest.raises(ValueError, match="empty list"):
         merge.greedy_soup([], float)
+
+
+def test_listed_weights_may_be_traced():
+    a, b = {"w": jnp.ones(3)}, {"w": jnp.zeros(3)}
+    found = jax.grad(lambda t: merge.average([1 - t, t])([a, b])["w"].sum())(0.25)
+    np.testing.assert_allclose(found, -3, rtol=1e-6)
+
+
+def test_a_running_average_takes_models_of_its_own_shapes():
+    running = merge.running_average()
+    state = running.init({"w": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"leaf 'w' of the model is \(2, 3\).*\(3,\)"):
+        running.update(state, {"w": jnp.zeros((2, 3))})

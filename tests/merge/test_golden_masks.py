@@ -147,3 +147,13 @@ def test_twin(inputs, density):  # noqa: F811
     compare(kept, v, f"exclusive_magnitude/density={density}/ft0")
     for name, value in tree(v, f"exclusive_magnitude/density={density}/ft0").items():
         np.testing.assert_array_equal(kept[name] != 0, value != 0, err_msg=name)
+
+
+def test_pcb_compiled_keeps_what_it_keeps_otherwise():
+    for seed in range(100, 110):
+        rng = np.random.default_rng(seed)
+        models = [{"a": np.float32(0.02 * rng.normal(size=(64, 64)))} for _ in range(4)]
+        base = {"a": np.zeros((64, 64), np.float32)}
+        plain = merge.pcb()(models, base=base)
+        compiled = jax.jit(lambda models, base: merge.pcb()(models, base=base))(models, base)
+        np.testing.assert_allclose(compiled["a"], plain["a"], atol=1e-6)

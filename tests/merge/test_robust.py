@@ -213,3 +213,10 @@ def test_pre_aggregations_in_text_and_on_every_kind_of_leaf():
         merge.nnm(1) | "krum(1)"
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         merge.bucketing(0)
+
+
+def test_equal_models_have_a_gradient_through_adaptive_clipping():
+    base = {"w": jnp.ones(3)}
+    method = merge.parse("arc(1) | average()")
+    found = jax.grad(lambda w: method([{"w": w}] * 3, base=base)["w"].sum())(jnp.ones(3))
+    assert np.isfinite(found).all()

@@ -248,3 +248,11 @@ def test_adapters_that_do_not_fit():
         merge.extract_lora(models[0], base, 2, rest="zero")
     with pytest.raises(ValueError, match="each of the 1 models"):
         merge.merge_lora([adapter], [1, 2])
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts"])
+def test_what_is_not_a_number_stays_so(method):
+    models = np.random.default_rng(0).normal(size=(3, 7, 6)).astype(np.float32)
+    models[1, 6, 5] = np.nan
+    base = {"w": np.zeros((7, 6), np.float32)}
+    assert np.isnan(merge.parse(method)([{"w": w} for w in models], base=base)["w"]).all()

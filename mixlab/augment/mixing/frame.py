@@ -3,8 +3,9 @@
 `boxes.py`, `fourier.py` and `masks.py` have the methods that mix by region.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +180,7 @@ def mixed_sample(
             lam = along_batch(jnp.where(use, mixed.lam, 1.0), label)
             batch["label"] = lerp(lam, label, jnp.take(label, partner, axis=0, mode="clip"))
         if pairing == "half":
-            batch = jax.tree.map(lambda leaf: leaf[: half_of(size)], batch)
+            batch = jax.tree_util.tree_map_with_path(functools.partial(_first_half, size), batch)
         return batch
 
     return Augmentation(sample, apply)
@@ -204,6 +205,16 @@ def _mixed_targets(
         keeps = jnp.stack([weight, 1.0 - weight])
         result |= targets.union(batch, image, partner[:, None], keeps, moved)
     return result
+
+
+def _first_half(size: int, path: Any, leaf: Any) -> Any:
+    if not jnp.shape(leaf) or isinstance(leaf, str) or len(leaf) != size:
+        raise ValueError(
+            f"pairing='half' keeps half of the {size} examples, but batch"
+            f"{jax.tree_util.keystr(path)} has no axis of that length: leave it out of the batch, "
+            "or make it an array with one entry an example"
+        )
+    return leaf[: half_of(size)]
 
 
 def half_of(size: int) -> int:
