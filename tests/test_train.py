@@ -250,6 +250,7 @@ def test_a_diverging_run_names_step_and_agent_and_keeps_its_checkpoint(tmp_path)
         ({"epochs_per_round": 0}, ValueError, "epochs_per_round"),
         ({"rounds": 0, "pretrain_epochs": 0}, ValueError, "not both 0"),
         ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"batch_size": 1000}, ValueError, "batch_size=1000 is more than any agent has"),
         ({"keep_checkpoints": 1}, ValueError, "keep_checkpoints must be at least 2, got 1"),
         ({"agents": 0}, ValueError, "agents must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
@@ -338,7 +339,7 @@ def test_the_first_interrupt_saves_and_the_second_interrupts_as_usual(capfd):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("train", "  keep_checkpoints = 2\n"),
+        ("train", "  keep_checkpoints = None  # by default 2; all where agents fail\n"),
         ("sweep", "  batch_size = 50  # of each agent\n"),
         ("experts", "  tune_steps = 200  # of each expert; training on all"),
         ("barrier", "  epochs = 10\n"),

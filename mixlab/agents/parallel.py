@@ -393,7 +393,7 @@ def parallel(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if per_device not in PER_DEVICE:
-        raise ValueError(f"per_device must be one of {', '.join(PER_DEVICE)}, got {per_device!r}")
+        raise ValueError(f"per_device must be auto, loop or vmap, got {per_device!r}")
     processes = jax.process_count()
     if backend != "pmap":
         if per_device not in ("auto", backend):

@@ -99,6 +99,12 @@ def prepare(config: ConfigDict) -> Experiment:
     train_set, test_set = datasets(config)
     num_classes = train_set.num_classes
     parts = agents.partition.parse(config.partition)(train_set.labels, config.agents, config.seed)
+    largest = max(map(len, parts))
+    if config.batch_size > largest:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than any agent has: the largest part of "
+            f"{config.partition} among {config.agents} holds {largest} examples"
+        )
 
     # 2. Who talks to whom, what fails, where they run, what they read.
     strategy = agents.parse(config.strategy, agents.topology.parse(config.topology, config.agents))
