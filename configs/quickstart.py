@@ -3,7 +3,7 @@
 Command:  mixlab train --config configs/quickstart.py --workdir runs/quickstart
 Data:     5,000 real handwritten digits that come with the installation (4,000 to train on).
 Measured: two CPU cores (2026-11): some 4 minutes with the installation; mean test accuracy of the
-          agents right after the last merge, even partition: gossip 93.4 %, dimat 92.7 %, dpsgd
+          agents right after the last merge, even partition: gossip 93.4 %, dimat 92.8 %, dpsgd
           87.8 %, wa 85.8 %, against 92.0 % of isolated agents; two classes an agent: dpsgd 27.6 %,
           wa 20.2 %, gossip 16.9 %, dimat 13.0 %, against 19.7 %. One seed; table in the README.
 """
