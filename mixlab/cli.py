@@ -103,7 +103,8 @@ def _sweep(arguments: Sequence[str]) -> None:
     from mixlab import report, sweep
 
     with _job(workdir):
-        path, failures = sweep.sweep(config, workdir, jobs.value)
+        file, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+        path, failures = sweep.sweep(config, workdir, jobs.value, source=file)
     report.show(path)
     if failures:
         _fail(f"{report.count(len(failures), 'run')} failed: {', '.join(failures)}", 1)
@@ -207,12 +208,22 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
         hint = f"; did you mean{hint}".rstrip("'") if hint else ""
         _fail(f"the config has no field {name!r}{hint}", 2)
     except (flags.Error, TypeError, ValueError) as error:
-        _fail(str(error), 2)
+        _fail(_brief(str(error)), 2)
     except OSError as error:
-        _fail(f"cannot read the config: {error}", 2)
+        _fail(f"cannot read the config: {str(error).splitlines()[-1].strip()}", 2)
     if config is None or workdir is None:
         _fail(f"--config and --workdir must be given\n\n{_usage(command)}", 2)
     return config, os.path.abspath(workdir)
+
+
+def _brief(message: str) -> str:
+    """What went wrong in a config file, and where, of a message that holds a traceback."""
+    before, found, _ = message.partition(": Error whilst parsing config file:")
+    if not found:
+        return message
+    lines = message.strip().splitlines()
+    *_, where = (line.strip() for line in lines if line.startswith('  File "'))
+    return f"{before}: {lines[-1]} ({where})"
 
 
 def _set_sweep(config: ConfigDict, swept: dict[str, str], given: set[str]) -> None:

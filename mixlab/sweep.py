@@ -6,6 +6,7 @@ workdir is the same for both, and either goes on with what the other has left.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -37,7 +38,9 @@ class Worker(NamedTuple):
     began: float
 
 
-def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path, dict[str, str]]:
+def sweep(
+    config: ConfigDict, workdir: str | Path, jobs: int = 1, *, source: str | Path | None = None
+) -> tuple[Path, dict[str, str]]:
     """Runs what the config's sweep asks for and is not finished, and reports on all of it.
 
     What a run prints is kept in its folder, `log.txt`. Runs that failed before are tried again.
@@ -47,6 +50,8 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
         workdir: made if it is missing, and filled as `mixlab.train.train` does.
         jobs: how many runs there are at once. On a CPU, as many as it has cores may pay; runs on
             an accelerator have to share its memory.
+        source: a Python file that every run's process loads first, for the models, augmentations
+            and methods that it registers: as a rule the config's own.
 
     Returns:
         The path of the report, and why runs failed, by name.
@@ -76,7 +81,7 @@ def sweep(config: ConfigDict, workdir: str | Path, jobs: int = 1) -> tuple[Path,
         while left or running:
             while left and len(running) < jobs:
                 name = left.pop(0)
-                running[name] = _start(workdir, name)
+                running[name] = _start(workdir, name, source)
             time.sleep(0.1)
             if number := terminated():
                 to_go = report.count(len(running) + len(left), "run")
@@ -111,7 +116,7 @@ def is_finished(folder: Path, config: ConfigDict) -> bool:
     return at_end and (folder / "checkpoints" / f"step_{last['step']}").exists()
 
 
-def _start(workdir: Path, name: str) -> Worker:
+def _start(workdir: Path, name: str, source: str | Path | None) -> Worker:
     """Starts `_work` in a process that has its own log and ends with this one."""
     folder = workdir / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,9 +124,10 @@ def _start(workdir: Path, name: str) -> Worker:
         "JAX_COMPILATION_CACHE_DIR": str(workdir / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
+    arguments = [] if source is None else [os.path.abspath(source)]
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mixlab.sweep", str(workdir), name],
+            [sys.executable, "-m", "mixlab.sweep", str(workdir), name, *arguments],
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -201,7 +207,7 @@ def _progress(
     return f"{done} done{failures}, {left} to come  ETA {to_go}  running: {names}"
 
 
-def _work(workdir: Path, name: str) -> None:
+def _work(workdir: Path, name: str, source: str | None = None) -> None:
     """What the process of a run does."""
 
     def follow() -> None:
@@ -209,6 +215,8 @@ def _work(workdir: Path, name: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, daemon=True).start()
+    if source is not None:
+        _load(source)
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     runs = train.variants(config)
     agents.force_cpu_devices(runs[name].agents)  # before JAX starts
@@ -221,5 +229,15 @@ def _work(workdir: Path, name: str) -> None:
             sys.exit(128 + stopped.number)
 
 
+def _load(source: str) -> None:
+    """Runs a Python file as a module, for what it registers."""
+    found = importlib.util.spec_from_file_location("config", source)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses, as those of Flax, look their module up
+    found.loader.exec_module(module)
+
+
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]), sys.argv[2])
+    _work(Path(sys.argv[1]), *sys.argv[2:])

@@ -85,6 +85,58 @@ def test_a_field_that_the_file_does_not_sweep_is_swept_from_the_command_line():
     assert "'strategy': ('dimat',)" in found
 
 
+OWN = """
+from mixlab import augment
+from tests.sweep_config import get_config as theirs
+
+augment.CONSTRUCTORS["mine"] = augment.identity
+
+
+def get_config(variant="few"):
+    if variant != "few":
+        raise ValueError(f"variant {variant!r} is unknown; known: few")
+    config = theirs()
+    config.update(augment="mine", pretrain_epochs=0, rounds=1)
+    config.sweep.optimizer = ("adam(1e-2)",)
+    config.sweep.strategy = ("wa",)
+    return config
+"""
+
+
+def test_runs_know_what_the_config_file_registers(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    command = ["sweep", f"--config={tmp_path / 'own.py'}:few", f"--workdir={tmp_path}"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "mixlab", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "[1/1]" in ended.stdout
+    assert "FAILED" not in ended.stdout
+
+
+def test_what_is_wrong_in_a_config_file_is_told_in_a_line(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    code = (
+        "import sys; from mixlab import cli\n"
+        "for config in sys.argv[1:]:\n"
+        "    try: cli._parse('sweep', ['--workdir=x', f'--config={config}'])\n"
+        "    except SystemExit as ended: assert ended.code == 2"
+    )
+    configs = [f"{tmp_path / 'own.py'}:many", str(tmp_path / "lost.py")]
+    says = subprocess.run(
+        [sys.executable, "-c", code, *configs],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert "ValueError: variant 'many' is unknown; known: few" in says
+    assert f'(File "{configs[0][:-5]}", line 10, in get_config)' in says
+    assert "Traceback" not in says
+    assert "\nmixlab: cannot read the config: " in says
+    assert says.endswith(f"No such file or directory: '{configs[1]}'\n")
+
+
 @pytest.mark.parametrize(
     ("names", "says"), [("a", "1 run failed: a"), ("ab", "2 runs failed: a, b")]
 )
@@ -94,7 +146,8 @@ def test_runs_that_failed_are_counted(names, says, tmp_path, monkeypatch, capsys
         cli.flags, "DEFINE_integer", lambda *_, **__: types.SimpleNamespace(value=1)
     )
     monkeypatch.setattr(cli, "_parse", lambda command, arguments: (get_config(), str(tmp_path)))
-    monkeypatch.setattr(sweep, "sweep", lambda *_: (tmp_path, dict.fromkeys(names, "")))
+    monkeypatch.setattr(cli.config_flags, "get_config_filename", lambda flag: "config.py")
+    monkeypatch.setattr(sweep, "sweep", lambda *_, **__: (tmp_path, dict.fromkeys(names, "")))
     monkeypatch.setattr(sweep.report, "show", lambda path: None)
     with pytest.raises(SystemExit) as ended:
         cli._sweep([])

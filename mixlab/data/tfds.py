@@ -38,6 +38,7 @@ def load(
 
     Raises:
         ModuleNotFoundError: TFDS is not installed.
+        OSError: it could not be fetched.
         ValueError: no such set, it is not there and `download` is off, it has no `image` and
             `label`, its images vary in size, or it is too large to read at once and prepared
             in a format that cannot be indexed.
@@ -121,7 +122,13 @@ def _builder(
         )
     # A format that can be indexed, so that the set may be larger than memory.
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        raise OSError(
+            f"{name} is not prepared under {builder.data_dir}, and could not be fetched: {error}; "
+            "if it lies elsewhere, give that folder as data_dir"
+        ) from error
     return builder
 
 

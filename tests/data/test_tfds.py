@@ -184,3 +184,14 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(ModuleNotFoundError, match=r"did you mean 'digits'.*'mixlab\[data\]'"):
         data.load("digit", "train")
+
+
+def test_what_cannot_be_fetched_is_told_in_a_line(tmp_path, monkeypatch):
+    def download_and_prepare(self):
+        raise ConnectionError("no such host")
+
+    builder = pytest.importorskip("tensorflow_datasets").core.DatasetBuilder
+    monkeypatch.setattr(builder, "download_and_prepare", download_and_prepare)
+    says = rf"mnist is not prepared under {tmp_path}/.* not be fetched: no such host; .* data_dir"
+    with pytest.raises(OSError, match=says):
+        data.load("mnist", "train", data_dir=tmp_path)
