@@ -217,6 +217,7 @@ def summary(
     failed: dict[tuple[str, Any], int],
     strategies: Sequence[str],
     settings: dict[Any, tuple[str, ...]],
+    field: str,
 ) -> Figure:
     """Accuracy of each strategy (row) in each setting (column), the best of a column in bold.
 
@@ -228,6 +229,7 @@ def summary(
         strategies: rows.
         settings: columns, each with its labels; columns that are equal but in the last label
             stand together.
+        field: what the last labels are values of.
     """
     columns = list(settings)
     means = np.full((len(strategies), len(columns)), np.nan)
@@ -266,8 +268,9 @@ def summary(
                         **{**text, "color": "#A00000" if lost else "#333333"},
                     )
         ax.set_yticks(range(len(strategies)), labels=list(strategies))
-        last = [settings[setting][-1] if settings[setting] else "" for setting in columns]
+        last = [settings[setting][-1] for setting in columns]
         ax.set_xticks(range(len(columns)), labels=last, rotation=40, ha="right")
+        ax.set_xlabel(field)
         for labels, places in groups.items():
             ax.axvline(places[-1] + 0.5, color="white", linewidth=4)
             ax.text(
@@ -280,7 +283,8 @@ def summary(
             )
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        figure.suptitle("test accuracy after the last merge, %, mean of the agents", fontsize=9)
+        measured = "test accuracy after the last merge, %, mean of the agents"
+        figure.suptitle(f"{measured}; shades compare within a column", fontsize=9)
     return figure
 
 

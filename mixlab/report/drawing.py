@@ -165,11 +165,12 @@ def _summary_figure(runs: list[records.Run], failures: list[records.Failure]) ->
     strategies = list(
         dict.fromkeys([*records.strategies(runs), *(strategy for strategy, _ in failed)])
     )
+    outer = fields[:-1]  # the last is named below its values
     labels = {
-        setting: tuple(_title([pair]) for pair in zip(fields, setting, strict=True))
+        setting: (*(_title([pair]) for pair in zip(outer, setting, strict=False)), setting[-1])
         for setting in settings
     }
-    return figures.summary(found, failed, strategies, labels)
+    return figures.summary(found, failed, strategies, labels, fields[-1])
 
 
 def _label(run: records.Run, runs: list[records.Run]) -> str:
