@@ -3,7 +3,6 @@
 `prepare` is read from top to bottom.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -15,27 +14,11 @@ import optax
 from ml_collections import ConfigDict
 
 from mixlab import agents, align, augment, data, models, spec
-from mixlab.agents.parallel import host_callbacks_are_safe, whole_axis
+from mixlab.agents.parallel import host_callbacks_are_safe
 from mixlab.experiment.config import OPTIMIZERS, check, datasets
-from mixlab.experiment.scoring import reestimation, scores, tally, test_batches
+from mixlab.experiment.programs import Carry, Programs, prepared
+from mixlab.experiment.scoring import reestimation, scores, test_batches
 from mixlab.types import Array, Batch, Key, PyTree
-
-
-class Carry(NamedTuple):
-    """What goes from step to step; every leaf has the leading axis of the agents.
-
-    Attributes:
-        state: the agents.
-        totals: sums of the loss and the accuracy over the `steps` of a phase.
-        messages: int32 [A, messages, 2], how many of each were sent and received, by "step" and by
-            "round".
-        outbox: what was last sent on time, likewise; empty where nobody can be late.
-    """
-
-    state: agents.AgentState
-    totals: dict[str, Array]
-    messages: dict[str, Array]
-    outbox: dict[str, PyTree]
 
 
 class Experiment(NamedTuple):
@@ -118,20 +101,16 @@ def prepare(config: ConfigDict) -> Experiment:
     )
     pretrain_steps = config.pretrain_epochs * feed.steps_per_epoch
     round_steps = config.epochs_per_round * feed.steps_per_epoch
-    augmentation = augment.parse(config.augment)
-    preprocess = augment.parse(config.preprocess)
+    augmentation, preprocess = augment.parse(config.augment), augment.parse(config.preprocess)
 
-    fixed_key = jax.random.key(0)  # training and evaluation preprocess alike, by chance as well
-
-    def prepared(images: np.ndarray) -> Array:
-        return preprocess(fixed_key, {"image": jnp.asarray(images)})["image"]
+    def ready(images: np.ndarray) -> Array:
+        return prepared(preprocess, {"image": jnp.asarray(images)})["image"]
 
     # 3. Model, optimizer, symmetries.
     model = models.parse(config.model, num_classes)
     chosen = _matching_examples(config, match_key, parts)
-    images = prepared(train_set.batch(chosen.ravel())["image"])
-    one = images[:1]
-    variables = jax.jit(model.init)(init_key, one)
+    images = ready(train_set.batch(chosen.ravel())["image"])
+    variables = jax.jit(model.init)(init_key, images[:1])
     symmetry = align.infer_symmetry(model.apply, variables, images[:2])
     problem = agents.Problem(
         optimizer=strategy.optimizer(spec.parse(config.optimizer, OPTIMIZERS, combine=optax.chain)),
@@ -140,7 +119,21 @@ def prepare(config: ConfigDict) -> Experiment:
         local=config.matching_data == "local",
         assignment="scipy" if host_callbacks_are_safe(parallel) else "jax",
     )
-    # Keys are arguments too, not constants, so that runs with other seeds share the programs.
+
+    # 4. What agents do, and what all of them see.
+    programs = Programs(
+        model=model,
+        image=images[:1],
+        num_classes=num_classes,
+        same_init=config.same_init,
+        strategy=strategy,
+        problem=problem,
+        faults=faults,
+        feed=feed,
+        augmentation=augmentation,
+        preprocess=preprocess,
+        pretrain_steps=pretrain_steps,
+    )
     weights = topology.mixing_matrix(strategy.rule).reshape(-1, config.agents, config.agents)
     shared = {
         "weights": parallel.replicate(jnp.asarray(weights, jnp.float32)),
@@ -152,137 +145,8 @@ def prepare(config: ConfigDict) -> Experiment:
         own_images = parallel.put(np.asarray(images).reshape(*chosen.shape, *images.shape[1:]))
     else:
         own_images, shared["images"] = {}, parallel.replicate(images)
-
-    # 4. Programs over the agent axis.
-    sent: dict[str, list[agents.Message]] = {}  # filled when the programs are traced
-
-    def network(axis: agents.Axis, outbox: PyTree, shared: PyTree) -> agents.Network:
-        """The network at the communication `shared["time"]`, in `shared["round"]`.
-
-        Before the first round, which is round -1, nobody mixes and nobody fails.
-        """
-        stack, time, alone = shared["weights"], shared["time"], shared["round"] < 0
-        mixing = jnp.where(alone, jnp.eye(config.agents), stack[time % len(stack)])
-        key = jax.random.fold_in(jax.random.fold_in(shared["fault_key"], 1), time)
-        whole = agents.Network(axis, mixing, topology.adjacency, key, time, outbox=outbox or None)
-        return faults.strike(
-            whole,
-            shared["fault_key"],
-            shared["round"],
-            by_step=strategy.every != "round",
-            push=strategy.rule == "push",
-        )
-
-    def settled(net: agents.Network, kind: str, old: Carry, new: agents.AgentState) -> Carry:
-        """The carry after a communication: who is absent stays as it was; messages are counted."""
-        new = net.keep_absent(old.state, new)
-        counts, outbox = net.received()
-        if not net.messages:
-            return old._replace(state=new)
-        sent[kind] = net.messages
-        before = old.messages.get(kind)
-        return old._replace(
-            state=new,
-            messages={**old.messages, kind: counts if before is None else before + counts},
-            outbox={**old.outbox, kind: outbox},
-        )
-
-    def init(axis: agents.Axis, ids: Array, held: PyTree, shared: PyTree) -> PyTree:
-        def first(agent: Array) -> tuple[PyTree, PyTree]:
-            common = shared["init_key"]
-            own = common if config.same_init else jax.random.fold_in(common, agent)
-            variables = model.init(own, one)
-            return variables, problem.optimizer.init(variables["params"])
-
-        variables, opt_state = axis.each(first)(ids)
-        healthy = jnp.full(ids.shape, -1, jnp.int32)
-        state = strategy.init(axis, problem, agents.AgentState(variables, opt_state, healthy))
-        totals = {name: jnp.zeros(ids.shape) for name in ("loss", "accuracy", "steps")}
-        return Carry(state, totals, {}, {})
-
-    def step(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
-        state, now = carry.state, shared["step"]
-        shared = {**shared, "time": now - pretrain_steps}
-        net = network(axis, carry.outbox.get("step"), shared)
-
-        def batch_of(agent: Array, held: PyTree) -> tuple[Batch, Key]:
-            batch = feed.select(held, now)
-            batch["label"] = jax.nn.one_hot(batch["label"], num_classes)
-            mixing_key, own_key = jax.random.split(
-                jax.random.fold_in(jax.random.fold_in(shared["train_key"], now), agent)
-            )
-            batch = preprocess(fixed_key, augmentation(mixing_key, batch))
-            if faults.data_attack is not None:
-                poisoned = faults.data_attack(jax.random.fold_in(own_key, 1), batch)
-                assert net.byzantine is not None
-                bad = net.byzantine[agent]
-                batch = jax.tree.map(lambda x, y: jnp.where(bad, x, y), poisoned, batch)
-            return batch, own_key
-
-        batch, own_key = axis.each(batch_of)(axis.ids, held)
-        gradients = functools.partial(_gradients, model)
-        grads, stats, metrics = axis.each(gradients)(own_key, state.variables, batch)
-        unfit = ~jnp.isfinite(metrics["loss"]) & net.taking_part()
-        diverged = (state.failed_at < 0) & unfit
-        state = state._replace(failed_at=jnp.where(diverged, now, state.failed_at))
-        # Of gradients at others' variables: a key of this step that is no agent's own.
-        their_key = jax.random.fold_in(jax.random.fold_in(shared["train_key"], now), config.agents)
-        found = agents.Gradients(
-            grads, stats, batch, lambda variables, batch: gradients(their_key, variables, batch)[0]
-        )
-        after = strategy.local_step(net, problem, state, found)
-        if net.awake is not None:
-            here = net.awake[axis.ids]
-            metrics = jax.tree.map(lambda x: jnp.where(here, x, 0), metrics)
-        totals = jax.tree.map(jnp.add, carry.totals, metrics)
-        return settled(net, "step", carry._replace(state=state, totals=totals), after)
-
-    def at_round(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Any:
-        net = network(axis, carry.outbox.get("round"), shared)
-        return net, problem._replace(images=held if problem.local else shared["images"])
-
-    def communicate(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
-        net, here = at_round(axis, carry, held, shared)
-        return settled(net, "round", carry, strategy.communicate(net, here, carry.state))
-
-    def match(axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> PyTree:
-        assert strategy.match is not None
-        net, here = at_round(axis, carry, held, shared)
-        return strategy.match(net, here, carry.state)
-
-    def evaluate(axis: agents.Axis, variables: PyTree, held: PyTree, batch: Batch) -> PyTree:
-        return axis.each(lambda own: tally(model, own, batch))(variables)
-
-    def consensus(axis: agents.Axis, variables: PyTree, held: PyTree, shared: PyTree) -> PyTree:
-        here = problem._replace(images=held if problem.local else shared["images"])
-        fault = faults.sample(shared["fault_key"], shared["round"])
-        honest = ~faults.sample(shared["fault_key"], 0).byzantine
-        present = honest & fault.awake
-        among = jnp.where(jnp.any(present), present, honest)
-        return agents.consensus(axis, here, variables, among=among)
-
-    def abstract() -> Carry:
-        """Shapes of what a step and a communication leave, as if all agents were one block."""
-
-        def both(ids: Array, held: PyTree, own_images: PyTree, shared: PyTree) -> Carry:
-            axis = whole_axis(ids, jax.vmap)
-            carry = step(axis, init(axis, ids, {}, shared), held, shared)
-            return communicate(axis, carry, own_images, shared)
-
-        def whole(tree: PyTree) -> PyTree:
-            def leaf(x: Array) -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct((config.agents, *x.shape[2:]), x.dtype)
-
-            return jax.tree.map(leaf, tree)
-
-        with closing(feed.steps(0, 1)) as steps:
-            held = whole(next(steps))
-        now = {name: np.int32(0) for name in ("step", "time", "round")}
-        return jax.eval_shape(
-            both, np.arange(config.agents), held, whole(own_images), {**shared, **now}
-        )
-
-    shapes = abstract()
+    with closing(feed.steps(0, 1)) as steps:
+        shapes = programs.shapes(next(steps), own_images, shared)
 
     def start(axis: agents.Axis, ids: Array, held: PyTree, shared: PyTree) -> Carry:
         """The first carry: nothing sent yet."""
@@ -290,24 +154,20 @@ def prepare(config: ConfigDict) -> Experiment:
         def blank(shape: jax.ShapeDtypeStruct) -> Array:
             return jnp.zeros((*ids.shape, *shape.shape[1:]), shape.dtype)
 
-        carry = init(axis, ids, held, shared)
+        carry = programs.init(axis, ids, held, shared)
         messages, outbox = jax.tree.map(blank, (shapes.messages, shapes.outbox))
         return carry._replace(messages=messages, outbox=outbox)
 
-    def adopt(axis: agents.Axis, carry: Carry, taken: PyTree, shared: PyTree) -> Carry:
-        state = strategy.init(axis, problem, carry.state._replace(**taken))
-        return carry._replace(state=state)
-
     run_start = parallel.compile(start)
-    run_adopt = parallel.compile(adopt)
-    run_step = parallel.compile(step, donate=True)
-    run_communicate = parallel.compile(communicate)
-    run_match = parallel.compile(match)
-    run_evaluate = parallel.compile(evaluate)
-    run_consensus = parallel.compile(consensus)
+    run_adopt = parallel.compile(programs.adopt)
+    run_step = parallel.compile(programs.step, donate=True)
+    run_communicate = parallel.compile(programs.communicate)
+    run_match = parallel.compile(programs.match)
+    run_evaluate = parallel.compile(programs.evaluate)
+    run_consensus = parallel.compile(programs.consensus)
 
     def stream() -> Iterator[Batch]:
-        return map(parallel.replicate, test_batches(test_set, config.eval_batch_size, prepared))
+        return map(parallel.replicate, test_batches(test_set, config.eval_batch_size, ready))
 
     # As float32 the images take four times their bytes, and every device holds a copy.
     copies = 4 * len(parallel.devices) * test_set.num_bytes
@@ -372,7 +232,7 @@ def prepare(config: ConfigDict) -> Experiment:
         ),
         test=test,
         consensus=test_consensus,
-        traffic=lambda carry: _traffic(config.agents, parallel.get(carry.messages), sent),
+        traffic=lambda carry: _traffic(config.agents, parallel.get(carry.messages), programs.sent),
         about=about,
         sheet=_sheet(train_set, augmentation, sheet_key),
     )
@@ -431,27 +291,3 @@ def _sheet(
     sample["label"] = np.eye(train_set.num_classes, dtype=np.float32)[sample["label"]]
     mixed = jax.tree.map(np.asarray, jax.jit(augmentation.__call__)(key, sample))
     return {"before": sample["image"], "image": mixed["image"], "label": mixed["label"]}
-
-
-def _gradients(
-    model: Any, key: Key, variables: PyTree, batch: Batch
-) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """Gradients, new BatchNorm statistics and metrics of one agent on one batch."""
-    stats = variables.get("batch_stats")
-
-    def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
-        logits, changed = model.apply(
-            {**variables, "params": params},
-            batch["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )
-        logits = logits.astype(jnp.float32)
-        loss = optax.softmax_cross_entropy(logits, batch["label"]).mean()
-        return loss, (logits, changed.get("batch_stats", stats))
-
-    (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
-    right = jnp.argmax(logits, -1) == jnp.argmax(batch["label"], -1)
-    metrics = {"loss": loss, "accuracy": right.mean(), "steps": jnp.ones(())}
-    return grads, stats, metrics
