@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, Self
@@ -388,8 +389,12 @@ def _read(path: str | Path, mmap: bool = False) -> tuple[PyTree, bool]:
     if not path.exists():
         raise ValueError(f"there is no {path}; give {_KNOWN}")
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as arrays:
-            named = dict(arrays)
+        try:
+            zipfile.ZipFile(path).close()  # or NumPy would offer to unpickle what is no archive
+            with np.load(path, allow_pickle=False) as arrays:
+                named = dict(arrays)
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} cannot be read as .npz ({error})") from error
         return {k: x.view(jnp.bfloat16) if x.dtype == "V2" else x for k, x in named.items()}, False
     if path.suffix == ".safetensors" and path.is_file():
         return _read_safetensors(path, mmap), False

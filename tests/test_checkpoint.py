@@ -257,6 +257,18 @@ def test_what_is_written_is_read_again(tmp_path, suffix, mmap):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_a_damaged_archive_is_an_error_that_names_it(tmp_path):
+    file = tmp_path / "model.npz"
+    write_model(file, arrays())
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(b"NUMPY") + 100] ^= 1
+    for content in (b"", b"something else", whole[:-40], bytes(damaged)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.npz cannot be read as \.npz"):
+            read_models(file)
+
+
 def test_a_mapped_model_survives_the_replacement_of_its_file(tmp_path):
     file = tmp_path / "model.safetensors"
     write_model(file, arrays(1.0))

@@ -443,7 +443,9 @@ def _spec(name: str, leaf: Any) -> LeafSpec | None:
     try:
         # PRNG keys have a dtype of their own kind, which result_type does not take.
         is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
-        return LeafSpec(tuple(np.shape(leaf)), dtype if is_key else jnp.result_type(dtype))
+        if not is_key:  # made canonical first, or JAX warns of 64 bits, which files have
+            dtype = jnp.result_type(jax.dtypes.canonicalize_dtype(dtype))
+        return LeafSpec(tuple(np.shape(leaf)), dtype)
     except TypeError as error:
         raise TypeError(
             f"leaf {name!r} is a {type(leaf).__name__}; models hold arrays, numbers and None"
