@@ -408,8 +408,9 @@ def _merge(arguments: Sequence[str]) -> None:
     for hint in _hints("".join(matched.notes.values()), sources):
         print(f"({hint})")
     leaves = jax.tree.leaves(merged)
+    count = "1 model" if len(models) == 1 else f"{len(models)} models"
     print(
-        f"merged {len(models)} models by {given.method} in {time.perf_counter() - start:.1f} s: "
+        f"merged {count} by {given.method} in {time.perf_counter() - start:.1f} s: "
         f"{len(leaves)} leaves, {sum(x.size for x in leaves):,} parameters\n"
         f"wrote {given.out}"
     )
