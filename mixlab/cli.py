@@ -389,7 +389,7 @@ def _merge(arguments: Sequence[str]) -> None:
         every = [*models, *([] if base is None else [base])]
         # JAX makes 64 bits 32 unless it is told not to.
         is_double = any(x.dtype in (float, complex) for x in jax.tree.leaves(every))
-        with jax.enable_x64(is_double):
+        with jax.enable_x64(True) if is_double else contextlib.nullcontext():
             matched = merge.reconcile(models, base, given.on_mismatch)
             key = jax.random.key(given.seed)
             found = method(matched.models, base=matched.base, key=key)
