@@ -6,18 +6,21 @@ restored on any number of devices and processes. Beside them lies what the run n
 """
 
 import json
+import os
 import re
 import shutil
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from safetensors import SafetensorError
-from safetensors.flax import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from mixlab import distributed, trees
 from mixlab.types import PyTree
@@ -276,7 +279,7 @@ def _read_agents(path: str | Path, like: PyTree) -> PyTree:
     return trees.map_named(lambda name, leaf: None if leaf is None else there[name], like)
 
 
-def read_models(path: str | Path) -> list[PyTree]:
+def read_models(path: str | Path, *, mmap: bool = False) -> list[PyTree]:
     """The model of a file, or the agents of a run.
 
     Args:
@@ -290,16 +293,89 @@ def read_models(path: str | Path) -> list[PyTree]:
             - the folder of an orbax `CheckpointManager` that saved one unnamed item
               (`FOLDER/STEP/default`), of which the newest step is read, or one of its steps,
             - the folder of a run, its `checkpoints`, of which the newest is read, or one of them.
+        mmap: whether safetensors are mapped, not read: an array then takes memory only while it is
+            used. No one may write into these files meanwhile; replacing them does no harm.
 
     Returns:
-        One model, with NumPy leaves; of a run, the variables of each of its agents.
+        One model, with NumPy leaves in the dtypes of the file; of a run, the variables of each of
+        its agents.
 
     Raises:
         ValueError: nothing there can be read; the message says what can.
     """
-    tree, is_run = _read(path)
+    tree, is_run = _read(path, mmap)
     return trees.unstack(tree["state"]["variables"]) if is_run else [tree]
 
+
+SUFFIXES = (".safetensors", ".npz")
+"""Those of the files that `write_model` writes."""
+
+
+def write_model(path: str | Path, model: PyTree) -> None:
+    """Writes a model to a file that `read_models` reads.
+
+    The file is written under another name and renamed, so that `path` holds all of it or what it
+    held before.
+
+    Args:
+        path: an `.npz` or `.safetensors` file; one that exists is replaced, and folders that are
+            missing are made.
+        model: arrays keep shape and dtype, and are named by their path, `"Dense_0/kernel"`. None
+            leaves are left out.
+
+    Raises:
+        ValueError: another suffix; two leaves of one name; a dtype that the file cannot hold, and
+            the message says which leaf has it.
+        OSError: the file could not be written.
+    """
+    path = check_suffix(path)
+    named = {name: leaf for name, leaf in trees.by_name(model).items() if leaf is not None}
+    # safetensors would take the bytes of a transposed array for those of one in order.
+    arrays: dict[str, Any] = {name: np.asarray(leaf, order="C") for name, leaf in named.items()}
+    is_npz = path.suffix == ".npz"
+    held = _NPZ_DTYPES if is_npz else set(_DTYPES.values())
+    for name, array in arrays.items():
+        if array.dtype.name not in held:
+            other = "; .safetensors can" if array.dtype.name in _DTYPES.values() else ""
+            raise ValueError(
+                f"leaf {name!r} is {array.dtype}, which {path.suffix} cannot hold{other}"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        if is_npz:
+            with open(unfinished, "wb") as file:
+                np.savez(file, **arrays)
+        else:
+            save_file(arrays, unfinished)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except SafetensorError as error:  # that of a full disk too
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check_suffix(path: str | Path) -> Path:
+    """The path of a file that `write_model` can write; a `ValueError` says which those are."""
+    if Path(path).suffix not in SUFFIXES:
+        raise ValueError(f"a model is written to a {' or '.join(SUFFIXES)} file, not to {path}")
+    return Path(path)
+
+
+# By their names in the header of a safetensors file.
+_DTYPES = {
+    "BOOL": "bool",
+    **{f"{kind[0].upper()}{n}": f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)},
+    **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+}
+# NumPy writes a bfloat16 as two bytes of no kind, and `_read` knows them by that.
+_NPZ_DTYPES = {x for x in _DTYPES.values() if not x.startswith("float8")} | {"complex128"}
 
 _KNOWN = (
     "an .npz or .safetensors file, a folder with model.safetensors or its index, a checkpoint of "
@@ -307,36 +383,55 @@ _KNOWN = (
 )
 
 
-def _read(path: str | Path) -> tuple[PyTree, bool]:
+def _read(path: str | Path, mmap: bool = False) -> tuple[PyTree, bool]:
     """What a file or folder holds, and whether that is the state of a run."""
     path = Path(path).absolute()
     if not path.exists():
         raise ValueError(f"there is no {path}; give {_KNOWN}")
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays), False
+        try:
+            zipfile.ZipFile(path).close()  # or NumPy would offer to unpickle what is no archive
+            with np.load(path, allow_pickle=False) as arrays:
+                named = dict(arrays)
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} cannot be read as .npz ({error})") from error
+        return {k: x.view(jnp.bfloat16) if x.dtype == "V2" else x for k, x in named.items()}, False
     if path.suffix == ".safetensors" and path.is_file():
-        return _read_safetensors(path), False
+        return _read_safetensors(path, mmap), False
     if not path.is_dir():
         raise ValueError(f"{path} is no model; give {_KNOWN}")
     if (path / "model.safetensors").is_file():
-        return _read_safetensors(path / "model.safetensors"), False
+        return _read_safetensors(path / "model.safetensors", mmap), False
     if (path / "model.safetensors.index.json").is_file():
-        return _read_shards(path / "model.safetensors.index.json"), False
+        return _read_shards(path / "model.safetensors.index.json", mmap), False
     if (path / "runs").is_dir():
         runs = ", ".join(sorted(p.name for p in (path / "runs").iterdir()))
         raise ValueError(f"{path} holds several runs; give one of {path / 'runs'}: {runs}")
     return _read_orbax(path)
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path, mmap: bool) -> dict[str, np.ndarray]:
+    # The package's own readers know no float8, and that for JAX makes 64 bits 32.
     try:
-        return {name: np.asarray(x) for name, x in load_file(path).items()}
+        with safe_open(path, framework="numpy"):  # checks the header and the file's length
+            pass
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
+    data = np.asarray(np.memmap(path, np.uint8, "r")) if mmap else np.fromfile(path, np.uint8)
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    found = {}
+    for name, entry in json.loads(data[8:start].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{name!r} in {path} is {entry['dtype']}, which cannot be read")
+        first, end = entry["data_offsets"]
+        array = data[start + first : start + end].view(jnp.dtype(_DTYPES[entry["dtype"]]))
+        found[name] = array.reshape(entry["shape"])
+    return found
 
 
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
+def _read_shards(index: Path, mmap: bool) -> dict[str, np.ndarray]:
     """The arrays of all the files that an index names, which lie beside it."""
     try:
         shard_of = dict(json.loads(index.read_text())["weight_map"])
@@ -348,7 +443,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
     found: dict[str, np.ndarray] = {}
     for name in shards:
-        found.update(_read_safetensors(index.parent / name))
+        found.update(_read_safetensors(index.parent / name, mmap))
     absent = sorted(set(shard_of) - set(found))
     if absent:
         raise ValueError(f"the shards of {index} lack {', '.join(absent)}")

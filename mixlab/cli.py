@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -43,8 +44,16 @@ usage: mixlab COMMAND ...
       Writes the report of a workdir again: report.md, results.csv, figures.
   mixlab diff MODEL [MODEL ...] [--base MODEL] [--merged MODEL] [--figure FILE] [--json FILE]
       Tells leaf by leaf how far models moved from their base and where they agree. A MODEL is an
-      .npz or .safetensors file, a checkpoint of orbax, or a run's folder, with one an agent.
+      .npz or .safetensors file, a folder in Hugging Face style (sharded or not), a checkpoint of
+      orbax or the folder of its CheckpointManager (of which the newest), or a run's folder, with
+      one model an agent.
       For example: mixlab diff runs/quickstart/runs/iid-wa --figure agreement.png
+  mixlab merge METHOD MODEL [MODEL ...] --out FILE [--base MODEL] [--on-mismatch HOW] [--report]
+      Merges such models into one, by a method as it is written in Python, and writes it to an .npz
+      or .safetensors file.
+      For example: mixlab merge "ties(density=0.2)" one.safetensors two.safetensors
+                   --base base.safetensors --out merged.safetensors
+      The methods and the other options: mixlab merge --help
   mixlab gallery [AUGMENTATION ...] [--data NAME] [--out FILE]
       Draws all augmentations on one sheet, or those that are given in detail.
       For example: mixlab gallery "cutmix(alpha=1.0)" "randaugment | mixup" --data folder:photos
@@ -72,6 +81,7 @@ def main() -> None:
         "barrier": _barrier,
         "report": _report,
         "diff": _diff,
+        "merge": _merge,
         "gallery": _gallery,
         "bench": _bench,
     }
@@ -261,7 +271,7 @@ def _report(arguments: Sequence[str]) -> None:
 def _diff(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("mixlab diff", description="Compares models, leaf by leaf.")
     add = parser.add_argument
-    add("models", nargs="+", help="files, orbax checkpoints, or runs (one model an agent)")
+    add("models", nargs="+", help=_MODELS)
     add("--base", help="the model that they were fine-tuned from")
     add("--merged", help="what became of them")
     add("--leaves", default="*", help="only leaves of this name, e.g. 'params/*' (*)")
@@ -270,22 +280,13 @@ def _diff(arguments: Sequence[str]) -> None:
     add("--json", help="writes all figures to this file")
     given = parser.parse_args(arguments)
 
-    from mixlab import checkpoint, figures, merge
-
-    def read(path: str) -> list[PyTree]:
-        models = checkpoint.read_models(path)
-        return [_only(model, given.leaves) for model in models]
+    from mixlab import figures, merge
 
     def read_one(path: str | None) -> PyTree | None:
-        if path is None:
-            return None
-        model, *others = read(path)
-        if others:
-            raise ValueError(f"{path} holds {len(others) + 1} agents, but one model is wanted")
-        return model
+        return None if path is None else _only(_read_one(path), given.leaves)
 
     try:
-        models = [model for path in given.models for model in read(path)]
+        models = [_only(model, given.leaves) for path in given.models for model in _read(path)]
         matched = merge.reconcile(models, read_one(given.base), given.on_mismatch)
         report = merge.report(
             matched.models,
@@ -312,6 +313,141 @@ def _only(model: PyTree, pattern: str) -> dict[str, Any]:
         names = [name for name, _ in trees.named_leaves(model)]
         raise ValueError(f"no leaf matches {pattern!r}; there are {', '.join(names[:8])} ...")
     return kept
+
+
+_MODELS = (
+    ".npz or .safetensors files, folders in Hugging Face style, checkpoints of orbax or folders of "
+    "its CheckpointManager, or runs (one model an agent)"
+)
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    """The models that a file or folder holds, as leaves by name; files are mapped, not read."""
+    from mixlab import checkpoint
+
+    return [trees.by_name(model) for model in checkpoint.read_models(path, mmap=True)]
+
+
+def _read_one(path: str) -> dict[str, Any]:
+    """The one model of a file or folder."""
+    model, *others = _read(path)
+    if others:
+        raise ValueError(f"{path} holds {len(others) + 1} agents, but one model is wanted")
+    return model
+
+
+_NOT_FROM_FILES = {
+    "emr": "makes a model for each task, not one. In Python merge.compress(merge.emr(), models, "
+    "base=base) makes what merge.save_compressed keeps in a file",
+    "fisher": "needs the models' diagonal Fishers, which come from data. In Python give those that "
+    "merge.diagonal_fisher makes: merge.fisher()(models, fishers=[...])",
+    "regmean": "needs the Gram matrices of the models' inputs, which come from data. In Python "
+    "give those that merge.grams makes: merge.regmean()(models, grams=[...])",
+    "tall_masks": "makes a model for each task, not one. In Python merge.compress("
+    "merge.tall_masks(), models, base=base) makes what merge.save_compressed keeps in a file",
+    "twin": "needs the weights of a router. In Python give them: "
+    "merge.twin()(models, base=base, router_weights=[...])",
+}
+"""Why `mixlab merge` does not have some methods, and what to do."""
+
+
+def _merge(arguments: Sequence[str]) -> None:
+    from mixlab import checkpoint, merge
+
+    methods = sorted(merge.METHODS.keys() - _NOT_FROM_FILES.keys())
+    parser = argparse.ArgumentParser(
+        "mixlab merge",
+        description="Merges models into one, which is written to a file.",
+        epilog=f"Methods: {', '.join(methods)}. Or stages of a method on task vectors, joined by "
+        f"'|', one of them reduce: {', '.join(merge.STAGES)}. Before a method, joined by '|': "
+        f"{', '.join(merge.PREAGGREGATIONS)}. Their arguments: help(mixlab.merge.ties) in Python.",
+    )
+    add = parser.add_argument
+    add("method", metavar="METHOD", help="as it is written in Python, e.g. 'ties(density=0.2)'")
+    add("models", metavar="MODEL", nargs="+", help=_MODELS)
+    add("--out", metavar="FILE", required=True, help=".safetensors or .npz; its folder is made")
+    add("--force", action="store_true", help="replaces the file if it exists")
+    add("--base", metavar="MODEL", help="what they were fine-tuned from; many methods need it")
+    add("--seed", type=int, default=0, help="of methods that draw (0)")
+    add(
+        "--on-mismatch",
+        default="error",
+        choices=("error", "base", "fill", "overlap"),
+        help="what becomes of a leaf that a model lacks or has in another shape: an error (the "
+        "default); the base's is copied; it counts as the base's there; it is merged in the part "
+        "that all have. Without --base, the first model stands for it",
+    )
+    add("--report", action="store_true", help="tells leaf by leaf what was merged")
+    given = parser.parse_intermixed_args(arguments)
+    try:
+        _check_from_files(given.method, methods)
+        method = merge.parse(given.method)
+        if checkpoint.check_suffix(given.out).exists() and not given.force:
+            raise ValueError(f"{given.out} exists; give another --out, or --force to replace it")
+    except (ValueError, TypeError) as error:
+        _fail(str(error), 2)
+
+    start = time.perf_counter()
+    sources: list[str] = []
+    models: list[dict[str, Any]] = []
+    try:
+        for path in given.models:
+            first = len(models)
+            models += _read(path)
+            last = len(models) - 1
+            sources.append(f"{first}: {path}" if first == last else f"{first} to {last}: {path}")
+        base = None if given.base is None else _read_one(given.base)
+        every = [*models, *([] if base is None else [base])]
+        # JAX makes 64 bits 32 unless it is told not to.
+        is_double = any(x.dtype in (float, complex) for x in jax.tree.leaves(every))
+        with jax.enable_x64(True) if is_double else contextlib.nullcontext():
+            matched = merge.reconcile(models, base, given.on_mismatch)
+            key = jax.random.key(given.seed)
+            found = method(matched.models, base=matched.base, key=key)
+            merged = matched.restore(found, None)
+            if given.report:
+                report = merge.report(
+                    matched.models, base=matched.base, merged=found, notes=matched.notes
+                )
+                print(merge.table(report))
+            checkpoint.write_model(given.out, merged)
+    except (ValueError, TypeError, OSError) as error:
+        _fail("\n".join([str(error), *_hints(str(error), sources)]), 1)
+    if not given.report:
+        for name, note in matched.notes.items():
+            print(f"{name}  {note}")
+    for hint in _hints("".join(matched.notes.values()), sources):
+        print(f"({hint})")
+    leaves = jax.tree.leaves(merged)
+    count = "1 model" if len(models) == 1 else f"{len(models)} models"
+    print(
+        f"merged {count} by {given.method} in {time.perf_counter() - start:.1f} s: "
+        f"{len(leaves)} leaves, {sum(x.size for x in leaves):,} parameters\n"
+        f"wrote {given.out}"
+    )
+
+
+def _hints(said: str, sources: Sequence[str]) -> list[str]:
+    """What a message of the library, which speaks to Python, means at the command line."""
+    hints = []
+    if "base=" in said:
+        hints.append("base= is --base MODEL here")
+    if "must have the same structure" in said or "must agree in shape" in said:
+        hints.append("--on-mismatch base, fill or overlap says what becomes of such leaves")
+    if re.search(r"\bmodels? \[?\d", said):
+        hints.append(f"the models are {', '.join(sources)}")
+    return hints
+
+
+def _check_from_files(text: str, methods: list[str]) -> None:
+    """Raises a `ValueError` that says what to do if a method needs more than files hold."""
+    with contextlib.suppress(SyntaxError):  # of which `merge.parse` speaks
+        for node in ast.walk(ast.parse(text.strip(), mode="eval")):
+            if isinstance(node, ast.Name) and node.id in _NOT_FROM_FILES:
+                raise ValueError(
+                    f"{node.id} {_NOT_FROM_FILES[node.id]}; checkpoint.read_models reads the "
+                    f"models.\nThis command merges by {', '.join(methods)}"
+                )
 
 
 def _gallery(arguments: Sequence[str]) -> None:

@@ -40,6 +40,17 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     ]
 
 
+def by_name(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their names; raises a `ValueError` where two have the same."""
+    leaves = named_leaves(tree)
+    named = dict(leaves)
+    if len(named) < len(leaves):
+        names = [name for name, _ in leaves]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"two leaves have the same name: {twice}; rename the keys that hold '/'")
+    return named
+
+
 def map_named(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Maps `fn(name, leaf, *leaves_of_rest)` over `tree`, `None` leaves included.
 

@@ -3,13 +3,21 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
-from mixlab.checkpoint import CheckpointError, Checkpoints, read_agents, read_models, resize
+from mixlab.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    read_agents,
+    read_models,
+    resize,
+    write_model,
+)
 
 
 def state(value=0.0):
@@ -221,3 +229,74 @@ def test_what_is_no_model_is_an_error_that_says_what_is(tmp_path):
         read_models(tmp_path)
     (model,) = read_models(tmp_path / "4" / "state")
     assert_same(model, arrays())
+
+
+KINDS = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 bfloat16 float32 float64"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_what_is_written_is_read_again(tmp_path, suffix, mmap):
+    special = {".safetensors": ["float8_e4m3fn", "float8_e5m2"], ".npz": ["complex64"]}
+    kinds = [*KINDS.split(), *special[suffix]]
+    model = {name: np.arange(6).reshape(2, 3).astype(jnp.dtype(name)) for name in kinds}
+    model["int64"] += 2**40  # JAX alone would cut it off
+    model["turned"] = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    model |= {"scalar": np.float32(3), "empty": np.zeros((0, 2), np.int8)}
+    model["nested"] = {"jax": jnp.ones(2, jnp.bfloat16), "none": None}
+    file = tmp_path / "made" / f"model{suffix}"
+    write_model(file, model)
+    (found,) = read_models(file, mmap=mmap)
+    nested = model.pop("nested")
+    wanted = {**model, "nested/jax": nested["jax"]}
+    assert found.keys() == wanted.keys()
+    for name, leaf in wanted.items():
+        assert type(found[name]) is np.ndarray
+        assert found[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(found[name], leaf)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_damaged_archive_is_an_error_that_names_it(tmp_path):
+    file = tmp_path / "model.npz"
+    write_model(file, arrays())
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(b"NUMPY") + 100] ^= 1
+    for content in (b"", b"something else", whole[:-40], bytes(damaged)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.npz cannot be read as \.npz"):
+            read_models(file)
+
+
+def test_a_mapped_model_survives_the_replacement_of_its_file(tmp_path):
+    file = tmp_path / "model.safetensors"
+    write_model(file, arrays(1.0))
+    (model,) = read_models(tmp_path, mmap=True)
+    write_model(file, arrays(2.0))
+    assert_same(model, arrays(1.0))
+    assert_same(read_models(file)[0], arrays(2.0))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, suffix, monkeypatch):
+    file = tmp_path / f"model{suffix}"
+    write_model(file, arrays(1.0))
+    monkeypatch.setattr("mixlab.checkpoint.os.fsync", lambda number: number.no_space)
+    with pytest.raises(AttributeError, match="no_space"):
+        write_model(file, arrays(2.0))
+    assert_same(read_models(file)[0], arrays(1.0))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_file_cannot_hold_is_an_error_that_says_so(tmp_path):
+    small = {"x": np.ones(2, jnp.float8_e5m2)}
+    with pytest.raises(ValueError, match=r"'x' is float8_e5m2, which .npz cannot hold; .safet"):
+        write_model(tmp_path / "x.npz", small)
+    with pytest.raises(ValueError, match=r"complex128, which .safetensors cannot hold$"):
+        write_model(tmp_path / "x.safetensors", {"x": np.ones(2, complex)})
+    with pytest.raises(ValueError, match=r"a .safetensors or .npz file, not to .*x\.bin"):
+        write_model(tmp_path / "x.bin", small)
+    with pytest.raises(ValueError, match=r"same name: \['a/b'\]"):
+        write_model(tmp_path / "x.npz", {"a": {"b": np.ones(1)}, "a/b": np.ones(1)})
+    assert not list(tmp_path.iterdir())

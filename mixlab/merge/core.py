@@ -274,7 +274,7 @@ def open_models(models: PyTree, base: PyTree | None = None) -> Models:
         for i, model in enumerate(models[1:], start=1):
             trees.check_same_structure(models[0], model, what=f"models 0 and {i}")
         template, num_models = models[0], len(models)
-        columns = [_named(model) for model in models]
+        columns = [trees.by_name(model) for model in models]
         model_specs = {name: _spec(name, leaf) for name, leaf in columns[0].items()}
         for i, column in enumerate(columns[1:], start=1):
             for name, leaf in column.items():
@@ -286,7 +286,7 @@ def open_models(models: PyTree, base: PyTree | None = None) -> Models:
 
     else:
         template, num_models = models, trees.leading_size(models)
-        columns = [_named(models)]
+        columns = [trees.by_name(models)]
         model_specs = {name: _drop_axis(_spec(name, leaf)) for name, leaf in columns[0].items()}
 
         def column_of(name: str) -> Any:
@@ -298,7 +298,7 @@ def open_models(models: PyTree, base: PyTree | None = None) -> Models:
             return jnp.stack([_array(leaf) for leaf in leaves])
         return _array(leaves)
 
-    based = None if base is None else _named(base)
+    based = None if base is None else trees.by_name(base)
     if based is not None:
         trees.check_same_structure(template, base, what="a model and the base")
         for name, leaf in based.items():
@@ -436,16 +436,6 @@ def check_real(name: str, dtype: Any, what: str) -> None:
         )
 
 
-def _named(tree: PyTree) -> dict[str, Any]:
-    leaves = trees.named_leaves(tree)
-    named = dict(leaves)
-    if len(named) < len(leaves):
-        names = [name for name, _ in leaves]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"two leaves have the same name: {twice}; rename the keys that hold '/'")
-    return named
-
-
 def _spec(name: str, leaf: Any) -> LeafSpec | None:
     if leaf is None:
         return None
@@ -453,7 +443,9 @@ def _spec(name: str, leaf: Any) -> LeafSpec | None:
     try:
         # PRNG keys have a dtype of their own kind, which result_type does not take.
         is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
-        return LeafSpec(tuple(np.shape(leaf)), dtype if is_key else jnp.result_type(dtype))
+        if not is_key:  # made canonical first, or JAX warns of 64 bits, which files have
+            dtype = jnp.result_type(jax.dtypes.canonicalize_dtype(dtype))
+        return LeafSpec(tuple(np.shape(leaf)), dtype)
     except TypeError as error:
         raise TypeError(
             f"leaf {name!r} is a {type(leaf).__name__}; models hold arrays, numbers and None"
