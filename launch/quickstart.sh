@@ -2,7 +2,7 @@
 # From nothing to a result: installs mixlab into .venv and trains eight agents on a ring, five ways,
 # on data that comes with the installation. Arguments go to `mixlab train`:
 #   bash launch/quickstart.sh --config.agents=16
-# Run it again after an interruption, and it goes on where it was.
+# Run it again after an interruption, and it goes on from there.
 #   MIXLAB_ACCELERATOR=cpu|cuda|tpu   which JAX to install (default: what is there)
 #   MIXLAB_WORKDIR=DIR                where the run is kept (default: runs/quickstart)
 set -euo pipefail

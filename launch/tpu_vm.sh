@@ -2,7 +2,7 @@
 # Trains on a Cloud TPU: makes the TPU VM if it is missing, copies this repository to all its
 # workers, installs there and runs one process a worker. Arguments after NAME go to `mixlab train`:
 #   TPU_ZONE=us-central2-b bash launch/tpu_vm.sh pod --config configs/quickstart.py --workdir runs/pod
-# Run it again after an interruption, and it goes on where it was. Process 0 alone writes the
+# Run it again after an interruption, and it goes on from there. Process 0 alone writes the
 # workdir, on worker 0. The TPU stays, and costs, until: gcloud compute tpus tpu-vm delete NAME
 #   TPU_ZONE=ZONE (needed)   TPU_TYPE=v4-32   TPU_VERSION=tpu-ubuntu2204-base   TPU_OPTIONS="--spot"
 set -euo pipefail

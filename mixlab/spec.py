@@ -20,6 +20,12 @@ def nearest(given: str, known: Any) -> str:
     return f"{hint}known: {', '.join(names)}"
 
 
+def slug(value: Any) -> str:
+    """The letters, numbers, points and underscores of a value's text, for the name of a file."""
+    kept = (c if c.isalnum() or c in "._" else " " for c in str(value))
+    return "_".join("".join(kept).split())
+
+
 def parse(
     text: str,
     vocabulary: Mapping[str, Callable[..., Any]],

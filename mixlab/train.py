@@ -327,7 +327,7 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         variant.sweep_skip = ()
         for field, value in chosen.items():
             variant[field] = value
-        name = "-".join(_slug(value) for value in combination) or _slug(config.strategy)
+        name = "-".join(spec.slug(value) for value in combination) or spec.slug(config.strategy)
         if name in found:
             raise ValueError(f"two runs of the sweep would both be called {name!r}")
         found[name] = variant
@@ -342,11 +342,6 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
 
 def _agrees(value: Any, wanted: Any) -> bool:
     return value in wanted if isinstance(wanted, list | tuple) else value == wanted
-
-
-def _slug(value: Any) -> str:
-    kept = (c if c.isalnum() or c in "._" else " " for c in str(value))
-    return "_".join("".join(kept).split())
 
 
 FREE = (

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "progress": FOUNDATION | {"distributed"},
     "distributed": {"types"},
     "checkpoint": FOUNDATION | {"distributed"},
-    "report": {"figures"},
+    "report": {"figures", "spec"},
     "landscape": FOUNDATION | {"figures"},
     "experiment": FOUNDATION | {"augment", "align", "models", "data", "agents"},
     "train": FOUNDATION | {"experiment", "checkpoint", "distributed", "progress", "report"},

@@ -55,3 +55,8 @@ def test_parse_refuses_the_rest_and_says_why(text, error, says):
 def test_a_literal_calls_nothing(text):
     with pytest.raises(ValueError, match=r"is a literal, no call; .*known: double"):
         spec.parse(text, {"double": lambda x: 2 * x})
+
+
+def test_slugs_name_files():
+    assert spec.slug("gossip(align='once', lr=1e-2) | x") == "gossip_align_once_lr_1e_2_x"
+    assert spec.slug(0.5) == "0.5"

@@ -61,6 +61,10 @@ class Options:
         """Whether a case of this description is to be run."""
         return re.search(self.select, " ".join(map(str, words))) is not None
 
+    def at_most(self, rounds: int) -> "Options":
+        """The same with no more rounds, for what takes long."""
+        return dataclasses.replace(self, rounds=min(self.rounds, rounds))
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -131,6 +135,18 @@ def interleaved(
         for name, call in calls.items():
             seconds[name].append(_measure(call, repeats[name], clock))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def timer() -> Callable[[], float]:
+    """The clock to measure by: of the processor on a CPU, which others share, else of the day."""
+    import jax  # not before `settle`
+
+    return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits of them, or all before the point."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1.0 else f"{1e3 * seconds:.0f}"
 
 
 def _measure(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:

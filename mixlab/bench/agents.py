@@ -4,9 +4,7 @@ What a step costs against the number of agents, and a round against agents, neig
 parameters.
 """
 
-import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +16,7 @@ import optax
 from mixlab import agents, align, merge, models, trees
 from mixlab.agents.parallel import exchange_rounds, host_callbacks_are_safe
 from mixlab.agents.strategies.alignment import share_pairs
-from mixlab.bench import Options, PeerError, Report, import_peer, interleaved
+from mixlab.bench import Options, PeerError, Report, import_peer, interleaved, timer
 from mixlab.types import PyTree
 
 PACKAGES = ("jax", "numpy", "flax", "optax", "torch")
@@ -51,14 +49,6 @@ def _networks() -> dict[str, tuple[Any, tuple[int, ...]]]:
         "MLP 784-256-256-256-10": (models.MLP(10, (256,) * 3), (28, 28, 1)),
         "ResNet-20": (models.ResNet(10), (32, 32, 3)),
     }
-
-
-def _few(options: Options, rounds: int) -> Options:
-    return dataclasses.replace(options, rounds=min(options.rounds, rounds))
-
-
-def _clock() -> Callable[[], float]:
-    return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
 
 
 # ---------------------------------------------------------------- training steps
@@ -130,7 +120,7 @@ def _steps(options: Options, left_out: dict[str, str]) -> Iterator[dict[str, Any
                 calls["PyTorch"] = _torch_loop(name, shape)
             except PeerError as error:
                 left_out["PyTorch"] = str(error)
-        timings = interleaved(calls, _few(options, 7), _clock())
+        timings = interleaved(calls, options.at_most(7), timer())
         single = timings["one agent"].median
         for backend in backends:
             median = timings[backend].median
@@ -224,7 +214,7 @@ def _crowds(options: Options) -> Iterator[dict[str, Any]]:
         calls: dict[str, Callable[[], Any]] = {"step": _Training(module, shape, where)}
         for topology in (agents.ring(count), agents.complete(count)):
             calls[topology.name] = _mixing(where, topology, variables)
-        timings = interleaved(calls, _few(options, 5), _clock())
+        timings = interleaved(calls, options.at_most(5), timer())
         step = timings["step"].median
         yield {
             "agents": count,
@@ -310,7 +300,7 @@ def _rounds(options: Options) -> Iterator[dict[str, Any]]:
                 ),
                 "mixing": _mixing(where, topology, variables),
             }
-            timings = interleaved(calls, _few(options, 3), _clock())
+            timings = interleaved(calls, options.at_most(3), timer())
             whole, forward_only = timings["round"].median, timings["passes"].median
             yield {
                 "network": name,

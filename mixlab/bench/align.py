@@ -8,7 +8,6 @@ Git Re-Basin's, so that weight matching does the same work.
 import dataclasses
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import scipy.optimize
 
 from mixlab import align, models, trees
 from mixlab.align.assignment import BACKENDS
-from mixlab.bench import Options, PeerError, Report, Timing, import_peer, interleaved
+from mixlab.bench import Options, PeerError, Report, Timing, import_peer, interleaved, timer
 from mixlab.types import Array, PyTree
 
 PACKAGES = ("jax", "numpy", "scipy", "optax", "torch")
@@ -53,14 +52,6 @@ def run(options: Options) -> Report:
     return Report(tables, left_out)
 
 
-def _clock(on_cpu: bool) -> Callable[[], float]:
-    return time.process_time if on_cpu else time.perf_counter
-
-
-def _few(options: Options, rounds: int) -> Options:
-    return dataclasses.replace(options, rounds=min(options.rounds, rounds))
-
-
 # ---------------------------------------------------------------- weight matching
 
 
@@ -92,7 +83,7 @@ def _weight_row(module: Any, x: Array, options: Options, on_cpu: bool) -> dict[s
         return f"{np.mean([_objective(symmetry, a, b, one) for one in found]):.4f}"
 
     calls = {"ours": ours} | ({"theirs": theirs} if on_cpu else {})
-    timings = interleaved(calls, _few(options, 5), _clock(on_cpu))
+    timings = interleaved(calls, options.at_most(5), timer())
     own = timings["ours"]
     row = {
         "ours, ms": f"{1e3 * own.median / ORDERS:.3g}",
@@ -311,7 +302,7 @@ def _activations(
         merge = _merge() if merge is None else merge
         last: dict[str, Any] = {}
         run_ours = _kept(last, "ours", functools.partial(merge, num_bases, with_batch_norm))
-        first = _once(run_ours, on_cpu)
+        first = _once(run_ours)
         calls: dict[str, Callable[[], Any]] = {"ours": run_ours}
         if on_cpu and num_bases == 1:
             try:
@@ -319,7 +310,7 @@ def _activations(
                 calls[peer] = _kept(last, peer, theirs)
             except PeerError as error:
                 left_out["torch"] = str(error)
-        timings = interleaved(calls, _few(options, 3), _clock(on_cpu))
+        timings = interleaved(calls, options.at_most(3), timer())
         own = timings["ours"].median
         row = {
             "what": what,
@@ -355,8 +346,8 @@ def _kept(results: dict[str, Any], name: str, call: Callable[[], Any]) -> Callab
     return kept
 
 
-def _once(call: Callable[[], Any], on_cpu: bool) -> float:
-    clock = _clock(on_cpu)
+def _once(call: Callable[[], Any]) -> float:
+    clock = timer()
     start = clock()
     call()
     return clock() - start
@@ -396,7 +387,7 @@ def _parts(options: Options, on_cpu: bool) -> Iterator[dict[str, Any]]:
             merge.reestimated(merge.variables[0])
         ),
     }
-    for name, timing in interleaved(calls, _few(options, 5), _clock(on_cpu)).items():
+    for name, timing in interleaved(calls, options.at_most(5), timer()).items():
         yield {
             "part": name,
             "ms": f"{1e3 * timing.median:.3g}",
@@ -551,7 +542,7 @@ def _assignments(options: Options, on_cpu: bool) -> Iterator[dict[str, Any]]:
             backend: functools.partial(lambda f, x: jax.block_until_ready(f(x)), solve, scores)
             for backend, solve in solvers.items()
         }
-        timings = interleaved(calls, _few(options, 5), _clock(on_cpu))
+        timings = interleaved(calls, options.at_most(5), timer())
         yield {"scores": kind, "n": width} | {
             name: f"{1e3 * timing.median:.3g}" for name, timing in timings.items()
         }

@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import augment
-from mixlab.bench import Options, PeerError, Report, import_peer, interleaved, one_line
+from mixlab.bench import (
+    Options,
+    PeerError,
+    Report,
+    import_peer,
+    interleaved,
+    milliseconds,
+    one_line,
+)
 from mixlab.types import Array
 
 PACKAGES = ("jax", "numpy", "torch", "torchvision", "timm", "kornia", "keras", "pillow")
@@ -95,9 +103,9 @@ def _against_peers(options: Options, left_out: dict[str, str]) -> Iterator[dict[
                 "batch": batch,
                 "peer": name,
                 "peer draws per": draws[name],
-                "ours, ms": _milliseconds(own.median),
+                "ours, ms": milliseconds(own.median),
                 "±, %": f"{100 * own.spread:.0f}",
-                "peer, ms": _milliseconds(timing.median),
+                "peer, ms": milliseconds(timing.median),
                 "± %": f"{100 * timing.spread:.0f}",
                 "peer / ours": f"{timing.median / own.median:.2f}",
             }
@@ -105,10 +113,6 @@ def _against_peers(options: Options, left_out: dict[str, str]) -> Iterator[dict[
 
 def _described(size: int, side: int, dtype: str) -> str:
     return f"{size}x{side}x{side}x3 {dtype}"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 1.0 else f"{1e3 * seconds:.0f}"
 
 
 def _ours(text: str, image: np.ndarray, label: np.ndarray) -> Call:
@@ -352,7 +356,7 @@ def _accelerator(options: Options) -> Iterator[dict[str, Any]]:
         yield {
             "op": text,
             "batch": _described(size, side, dtype),
-            "ms": _milliseconds(seconds),
+            "ms": milliseconds(seconds),
             "images/s": f"{size / seconds:.0f}",
             "GB/s of a copy": f"{bandwidth / 1e9:.0f}",
             "share of it, %": f"{100 * passes * pixels.nbytes / seconds / bandwidth:.0f}",

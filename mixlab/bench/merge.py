@@ -14,7 +14,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import merge
-from mixlab.bench import Options, PeerError, Report, import_peer, interleaved
+from mixlab.bench import Options, PeerError, Report, import_peer, interleaved, milliseconds, timer
 
 PACKAGES = ("jax", "numpy", "torch")
 NUM_MODELS = 8
@@ -87,7 +86,6 @@ def run(options: Options) -> Report:
 
 def _times(options: Options, on_cpu: bool, left_out: dict[str, str]) -> Iterator[dict[str, Any]]:
     bandwidth = functools.cache(lambda: _copy_bandwidth(options, on_cpu))
-    clock = time.process_time if on_cpu else time.perf_counter
     for case in _cases():
         chosen = [peer for peer in case.peers if options.selects(case.method, peer.name)]
         if not chosen:
@@ -99,14 +97,13 @@ def _times(options: Options, on_cpu: bool, left_out: dict[str, str]) -> Iterator
                 calls[peer.name] = _theirs(peer, *inputs)
             except PeerError as error:
                 left_out[peer.package] = str(error)
-        few = dataclasses.replace(options, rounds=min(options.rounds, case.rounds))
-        timings = interleaved(calls, few, clock)
+        timings = interleaved(calls, options.at_most(case.rounds), timer())
         own = timings.pop(case.method)
         moved = case.passes * NUM_ENTRIES * 4 / own.median
         ours = {
             "method": case.method,
             "models": case.num_models,
-            "ours, ms": _milliseconds(own.median),
+            "ours, ms": milliseconds(own.median),
             "±, %": f"{100 * own.spread:.0f}",
             "of the copy's bandwidth, %": f"{100 * moved / bandwidth():.0f}",
         }
@@ -115,14 +112,10 @@ def _times(options: Options, on_cpu: bool, left_out: dict[str, str]) -> Iterator
         for name, timing in timings.items():
             yield ours | {
                 "peer": name,
-                "peer, ms": _milliseconds(timing.median),
+                "peer, ms": milliseconds(timing.median),
                 "± %": f"{100 * timing.spread:.0f}",
                 "peer / ours": f"{timing.median / own.median:.2f}",
             }
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 1.0 else f"{1e3 * seconds:.0f}"
 
 
 def _copy_bandwidth(options: Options, on_cpu: bool) -> float:
@@ -133,8 +126,7 @@ def _copy_bandwidth(options: Options, on_cpu: bool) -> float:
     else:
         x, negative = jnp.ones(NUM_ENTRIES, jnp.float32), jax.jit(jnp.negative)
         call = lambda: jax.block_until_ready(negative(x))  # noqa: E731
-    clock = time.process_time if on_cpu else time.perf_counter
-    return 2 * 4 * NUM_ENTRIES / interleaved({"": call}, options, clock)[""].median
+    return 2 * 4 * NUM_ENTRIES / interleaved({"": call}, options, timer())[""].median
 
 
 def _inputs(case: Case) -> tuple[list[Tree], Tree, list[Tree]]:

@@ -50,8 +50,8 @@ def write_csv(path: Path, tasks: Sequence[str], results: Sequence[Result]) -> No
 
 
 _LEGEND = """\
-Test accuracy in percent: *average* over the tasks, and of the *worst* of them; mean ± sample
-standard deviation over seeds {seeds}. A task's accuracy is among its own classes. *scaled*: what
+Test accuracy in percent: *average* over the tasks, and of the *worst* of them; {over}.
+A task's accuracy is among its own classes. *scaled*: what
 the merge adds to the base is multiplied by the one of {scales}
 that is best for the average on held-out training examples; *scale* is its mean over the seeds.
 """
@@ -69,9 +69,7 @@ def page(config: ConfigDict, title: str, merged: list[Result], paired: list[Resu
         "",
         _table(merged),
         "",
-        _LEGEND.format(
-            seeds=", ".join(map(str, config.seeds)), scales=", ".join(map(str, config.scales))
-        ),
+        _LEGEND.format(over=_over(config.seeds), scales=", ".join(map(str, config.scales))),
         *(["## Pairs of experts", "", _table(paired), ""] if paired else []),
         "## The plane of three experts",
         "",
@@ -88,6 +86,15 @@ _COLUMNS: dict[str, Callable[[Result], float | None]] = {
     "scaled worst": lambda result: _percent(np.min, result.scaled),
     "scale": lambda result: result.scale,
 }
+
+
+def _over(seeds: Sequence[int]) -> str:
+    listed = ", ".join(map(str, seeds))
+    return (
+        f"seed {listed}"
+        if len(seeds) == 1
+        else (f"mean ± sample\nstandard deviation over seeds {listed}")
+    )
 
 
 def _table(results: list[Result]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mixlab import figures
+from mixlab import figures, spec
 from mixlab.report import records
 
 _PANELS = 6
@@ -86,12 +86,14 @@ def _figures_of_many(
             for pairs, setting in zip(named, page, strict=True)
         }
         about = f": {title}" if title else ""
-        suffix = f"-{number}-{_slug(title)}".rstrip("-") if len(pages) > 1 else ""
+        suffix = f"-{number}-{spec.slug(title)}".rstrip("-") if len(pages) > 1 else ""
         for name, (figure, text) in _figures_of_page(rows, runs, styles).items():
             shown[name + suffix] = (figure, text + about)
     topologies = {run.setup["topology"]: run.setup["weights"] for run in runs}
     for text, weights in topologies.items():
-        name = "topology" if len(topologies) == 1 else f"topology-{_slug(text.partition(',')[0])}"
+        name = (
+            "topology" if len(topologies) == 1 else f"topology-{spec.slug(text.partition(',')[0])}"
+        )
         figure = figures.topology(np.array(weights), text)
         shown[name] = (figure, "Who talks to whom")
     counts: dict[str, np.ndarray] = {}
@@ -182,7 +184,3 @@ def _title(values: Iterable[tuple[str, str]]) -> str:
     """Fields and values; those that speak for themselves without the field."""
     plain = ("augment", "partition", "strategy", "topology")
     return ", ".join(value if field in plain else f"{field}={value}" for field, value in values)
-
-
-def _slug(text: str) -> str:
-    return "_".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())

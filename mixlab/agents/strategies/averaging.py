@@ -58,7 +58,8 @@ def gossip(
     before matching and after each merge, as in `dimat`.
 
     Args:
-        topology: who receives from whom, and the weights; the tree takes edges both ways.
+        topology: who receives from whom, and the weights; the tree takes edges both ways, and
+            those of all rounds where the graph changes with time.
         align: "never" is `wa`; "once"; "every" aligns in every round; "universe" aligns once, and
             then matches each agent to the mean of all others until none moves, for which
             everyone needs to see everyone's model.
