@@ -389,6 +389,7 @@ class Network:
         center: PyTree,
         *,
         method: MergeMethod | None = None,
+        weights: Array | None = None,
     ) -> PyTree:
         """The mean change that senders deliver to agent 0, a server; the same on all devices.
 
@@ -401,6 +402,7 @@ class Network:
                 What does not arrive does not count.
             center: what the server holds, without the agent axis.
             method: as for `mean`.
+            weights: [A], positive, of the agents in the mean; equal by default.
 
         Returns:
             Leaves without the agent axis.
@@ -414,9 +416,15 @@ class Network:
         changes = jax.tree.map(
             lambda x, y: x - y if trees.is_inexact(x) else x, self._as_sent(variables), center
         )
-        return self._merge_all(changes, heard, method)
+        return self._merge_all(changes, heard, method, weights)
 
-    def _merge_all(self, sent: PyTree, chosen: Array, method: MergeMethod | None) -> PyTree:
+    def _merge_all(
+        self,
+        sent: PyTree,
+        chosen: Array,
+        method: MergeMethod | None,
+        weights: Array | None = None,
+    ) -> PyTree:
         """The mean of what those `chosen`, bool [A], sent; or merged, the others as a median."""
 
         def present(x: Array) -> Array:
@@ -425,8 +433,11 @@ class Network:
         def mean(x: Array) -> Array:
             if not trees.is_inexact(x):
                 return x[0]
-            total = jnp.sum(present(x).astype(trees.wide(x.dtype)), axis=0)
-            return (total / jnp.maximum(jnp.sum(chosen), 1).astype(total.dtype)).astype(x.dtype)
+            wide = trees.wide(x.dtype)
+            share = jnp.where(chosen, 1 if weights is None else weights, 0).astype(wide)
+            total = jnp.sum(trees.along(share, x) * present(x).astype(wide), axis=0)
+            whole = jnp.sum(share)
+            return (total / jnp.where(whole > 0, whole, 1)).astype(x.dtype)
 
         def fill(x: Array) -> Array:
             """Rules take a fixed number of models: the median of the others moves none of them."""

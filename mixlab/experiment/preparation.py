@@ -140,6 +140,7 @@ def prepare(config: ConfigDict) -> Experiment:
         "init_key": parallel.replicate(init_key),
         "train_key": parallel.replicate(train_key),
         "fault_key": parallel.replicate(fault_key),
+        "examples": parallel.replicate(jnp.array([len(part) for part in parts], jnp.float32)),
     }
     if problem.local:
         own_images = parallel.put(np.asarray(images).reshape(*chosen.shape, *images.shape[1:]))

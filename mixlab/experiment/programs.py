@@ -43,7 +43,8 @@ class Programs:
     `held` is what each agent has of its own: its batch, or its images for matching. `shared` holds
     what all see: the keys `init_key`, `train_key` and `fault_key`, which are arguments so that runs
     with other seeds share the programs; the mixing `weights` [T, A, A]; the `images` that all have;
-    and of the moment the `step`, the `time` (how many communications were before) and the `round`.
+    the numbers of `examples` [A]; and of the moment the `step`, the `time` (how many communications
+    were before) and the `round`.
 
     Attributes:
         model: of every agent.
@@ -143,14 +144,14 @@ class Programs:
     def communicate(self, axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
         """What opens a round; `held` is the agents' own images."""
         net = self._network(axis, carry.outbox.get("round"), shared)
-        new = self.strategy.communicate(net, self._on_images(held, shared), carry.state)
+        new = self.strategy.communicate(net, self._on_data(held, shared), carry.state)
         return self._settled(net, "round", carry, new)
 
     def match(self, axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> PyTree:
         """What `communicate` does before it merges."""
         assert self.strategy.match is not None
         net = self._network(axis, carry.outbox.get("round"), shared)
-        return self.strategy.match(net, self._on_images(held, shared), carry.state)
+        return self.strategy.match(net, self._on_data(held, shared), carry.state)
 
     def evaluate(self, axis: agents.Axis, variables: PyTree, held: PyTree, batch: Batch) -> PyTree:
         """What `tally` sums up of every agent on a batch of the test set, `shared` here."""
@@ -164,7 +165,7 @@ class Programs:
         honest = ~self.faults.sample(shared["fault_key"], 0).byzantine
         present = honest & fault.awake
         among = jnp.where(jnp.any(present), present, honest)
-        return agents.consensus(axis, self._on_images(held, shared), variables, among=among)
+        return agents.consensus(axis, self._on_data(held, shared), variables, among=among)
 
     def shapes(self, batch: PyTree, images: PyTree, shared: PyTree) -> Carry:
         """Shapes of what a step and a communication leave, as if all agents were one block.
@@ -187,8 +188,9 @@ class Programs:
         moment = {name: np.int32(0) for name in ("step", "time", "round")}
         return jax.eval_shape(both, np.arange(self.num_agents), *held, {**shared, **moment})
 
-    def _on_images(self, held: PyTree, shared: PyTree) -> agents.Problem:
-        return self.problem._replace(images=held if self.problem.local else shared["images"])
+    def _on_data(self, held: PyTree, shared: PyTree) -> agents.Problem:
+        images = held if self.problem.local else shared["images"]
+        return self.problem._replace(images=images, examples=shared["examples"])
 
     def _network(
         self, axis: agents.Axis, outbox: tuple[PyTree, ...] | None, shared: PyTree

@@ -27,9 +27,9 @@ def clients(seed):
 class Run:
     """A strategy on a star, one compiled program for the end of a round."""
 
-    def __init__(self, text, topology=STAR):
+    def __init__(self, text, topology=STAR, examples=None):
         self.strategy = agents.parse(text, topology)
-        self.problem = agents.Problem(tasks.adam())
+        self.problem = agents.Problem(tasks.adam(), examples=examples)
         self.axis, self.topology = tasks.axis(A), topology
         start = tasks.start(clients(0), self.problem.optimizer, A)
         self.state = self.strategy.init(self.axis, self.problem, start)
@@ -75,6 +75,28 @@ def adam(memory, d):
     m, v = (0, 1e-6) if np.isscalar(memory) else memory
     m, v = 0.9 * m + 0.1 * d, 0.99 * v + 0.01 * d**2
     return (m, v), 0.1 * m / (np.sqrt(v) + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weighted"),
+    [
+        ("fedavg", True),
+        ("fedavg(weighted=False)", False),
+        ("fedavgm(momentum=0.0)", True),
+        ("fedprox", False),
+        ("fedprox(weighted=True)", True),
+    ],
+)
+def test_clients_count_by_their_examples_where_the_method_says_so(strategy, weighted):
+    examples = np.float32([1, 2, 3, 4, 50])
+    awake = np.array([True, True, False, True, True])
+    weights = agents.faults.renormalise(jnp.float32(STAR.weights), awake, jnp.zeros((A, A), bool))
+    found = Run(strategy, examples=jnp.array(examples)).round(clients(1), weights, awake)
+    share = np.where(awake, examples if weighted else 1, 0)
+    for name, leaves in (("params", "w"), ("batch_stats", "mean")):
+        models = clients(1)[name][leaves]
+        expected = np.einsum("a,a...->...", share / share.sum(), models)
+        np.testing.assert_allclose(found.variables[name][leaves][0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ class Problem(NamedTuple):
             each agent's own.
         local: whether every agent has images of its own.
         assignment: backend of `align.assignment`.
+        examples: float32 [A], how many training examples each agent has; None where they have
+            equally many.
     """
 
     optimizer: optax.GradientTransformation
@@ -56,6 +58,7 @@ class Problem(NamedTuple):
     images: Array | None = None
     local: bool = False
     assignment: str | None = None
+    examples: Array | None = None
 
 
 class Gradients(NamedTuple):

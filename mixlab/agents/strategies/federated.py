@@ -41,6 +41,7 @@ class Server(NamedTuple):
 def fedavg(
     topology: Topology,
     *,
+    weighted: bool = True,
     fraction: float = 1.0,
     merge: str | merging.MergeMethod | None = None,
     opt_state: str = "reset",
@@ -50,11 +51,11 @@ def fedavg(
 
     A client that is absent, or whose message is lost, is left out of the mean. Back again it gets
     the model at the end of that round, and is left out once more, since it began the round from
-    an older model. The mean is unweighted, however many examples
-    an agent has.
+    an older model.
 
     Args:
         topology: agent 0 is joined to all others, both ways, as in a star.
+        weighted: whether clients count in the mean by their numbers of examples, not equally.
         fraction: in (0, 1], how many of the clients take part in a round, drawn anew for each;
             rounded, but at least one. The others neither train nor send.
         merge: a robust rule in the place of the mean: `"median"`, `"krum(1)"`, ... In the
@@ -71,6 +72,7 @@ def fedavg(
         "fedavg",
         topology,
         optax.sgd(1.0),
+        weighted=weighted,
         fraction=fraction,
         merge=merge,
         opt_state=opt_state,
@@ -82,6 +84,7 @@ def fedprox(
     topology: Topology,
     *,
     mu: float = 0.01,
+    weighted: bool = False,
     fraction: float = 1.0,
     merge: str | merging.MergeMethod | None = None,
     opt_state: str = "reset",
@@ -91,7 +94,8 @@ def fedprox(
 
     Args:
         topology: see `fedavg`.
-        mu: at least 0; 0 is FedAvg.
+        mu: at least 0; 0 is FedAvg, if `weighted` is as there.
+        weighted: see `fedavg`; the paper draws clients by their numbers of examples instead.
         fraction: see `fedavg`.
         merge: see `fedavg`.
         opt_state: see `fedavg`.
@@ -108,6 +112,7 @@ def fedprox(
         "fedprox",
         topology,
         optax.sgd(1.0),
+        weighted=weighted,
         fraction=fraction,
         merge=merge,
         opt_state=opt_state,
@@ -121,6 +126,7 @@ def fedavgm(
     *,
     momentum: float = 0.9,
     learning_rate: float = 1.0,
+    weighted: bool = True,
     fraction: float = 1.0,
     merge: str | merging.MergeMethod | None = None,
     opt_state: str = "reset",
@@ -132,6 +138,7 @@ def fedavgm(
         topology: see `fedavg`.
         momentum: in [0, 1).
         learning_rate: of the server, positive.
+        weighted: see `fedavg`.
         fraction: see `fedavg`.
         merge: see `fedavg`.
         opt_state: see `fedavg`.
@@ -147,6 +154,7 @@ def fedavgm(
         "fedavgm",
         topology,
         _heavy(learning_rate, momentum),
+        weighted=weighted,
         fraction=fraction,
         merge=merge,
         opt_state=opt_state,
@@ -161,6 +169,7 @@ def fedadam(
     b1: float = 0.9,
     b2: float = 0.99,
     eps: float = 1e-3,
+    weighted: bool = False,
     fraction: float = 1.0,
     merge: str | merging.MergeMethod | None = None,
     opt_state: str = "reset",
@@ -176,6 +185,7 @@ def fedadam(
         b1: in [0, 1), decay of m.
         b2: in [0, 1), decay of v.
         eps: positive, tau in the paper.
+        weighted: see `fedavg`; in the paper's algorithm clients count equally.
         fraction: see `fedavg`.
         merge: see `fedavg`.
         opt_state: see `fedavg`.
@@ -195,6 +205,7 @@ def fedadam(
         "fedadam",
         topology,
         _adam(learning_rate, b1, b2, eps),
+        weighted=weighted,
         fraction=fraction,
         merge=merge,
         opt_state=opt_state,
@@ -234,6 +245,7 @@ def _federated(
     topology: Topology,
     optimizer: optax.GradientTransformation,
     *,
+    weighted: bool = False,
     fraction: float = 1.0,
     merge: str | merging.MergeMethod | None = None,
     opt_state: str = "reset",
@@ -301,7 +313,13 @@ def _federated(
         # Who took part: drawn, heard by the server, and begun from its present model.
         at_round = network.axis.gather(own.round)
         takes_part = drawn(server.round) & (at_round == server.round)
-        change = network.upload(state.variables, takes_part, server.variables, method=method)
+        change = network.upload(
+            state.variables,
+            takes_part,
+            server.variables,
+            method=method,
+            weights=problem.examples if weighted else None,
+        )
 
         params = server.variables["params"]
         against = jax.tree.map(jnp.negative, change["params"])
