@@ -39,6 +39,10 @@ class MergeMethod:
     Both are pure and run under `jit` and `vmap`; `jax.jit(method)` works. They take models that
     agree; the call takes care of those that do not, and of tied leaves, see `reconcile`.
 
+    Methods flatten and join leaves, which a mesh with explicit axes does not allow. There the
+    compiler has to find the shardings in between, and is told that of the merged model:
+    `jax.sharding.auto_axes(lambda models: method(models), out_sharding=specs)(models)`.
+
     Attributes:
         measure: the decisions.
         combine: their application. Methods that make several models stack them: every leaf, the
