@@ -234,8 +234,9 @@ class Symmetry:
 
         Raises:
             KeyError: `permutations` names an unknown group.
-            ValueError: a permutation has the wrong shape or is none, or a leaf of `tree` mirrors
-                no leaf of the variables.
+            ValueError: a permutation has the wrong shape, or a leaf of `tree` mirrors no leaf of
+                the variables; a NumPy array is no permutation. Of an array on a device this is not
+                checked, which would wait for the device: units may then be lost unseen.
         """
         full = self.checked(permutations)
         moving: dict[str, Any] = {}

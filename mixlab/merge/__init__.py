@@ -7,7 +7,8 @@ Every method is a function of its hyper-parameters that returns a `MergeMethod`:
 
 A method has two halves, `measure` (decide) and `combine` (apply, leaf by leaf). Methods on task
 vectors are chains of stages: `merge.chain(merge.trim(0.2), merge.reduce("mean"))`. Integer, bool
-and None leaves are copied from the base, never averaged; `merge.report` tells which. Against faulty
+and None leaves are copied from the base, never averaged; `merge.report` tells which. What is NaN in
+one model comes out as NaN at its entry, save of robust methods (`core.py`). Against faulty
 models, others can be mixed before they are merged: `merge.nnm(2) | merge.krum(2)`.
 
 `emr` and `tall_masks` give a model for each that goes in, stacked along a leading axis M, and

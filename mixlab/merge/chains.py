@@ -6,10 +6,13 @@ are in `stages.py`, and beside the methods that need them.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from mixlab.merge import core
 from mixlab.types import Array, Key, Plan, PyTree
@@ -40,6 +43,8 @@ class Stage:
         reduces: whether it leaves one task vector of the M.
         entrywise: whether what it does to an entry depends on the leaf in nothing but its values,
             so that small leaves can be worked on as one.
+        propagates: whether NaN comes out of it at its entry and changes no other, so that a chain
+            of such stages needs no care for it.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Stage:
     apply: Callable[[Plan, str, TaskVectors], TaskVectors]
     reduces: bool = False
     entrywise: bool = False
+    propagates: bool = False
 
 
 def chain(*stages: Stage) -> core.MergeMethod:
@@ -54,7 +60,8 @@ def chain(*stages: Stage) -> core.MergeMethod:
 
     Each stage measures the task vectors as the stages before it leave them. They are recomputed
     on every sweep rather than kept, so a chain needs the memory of one leaf. The plan has one
-    entry a stage, `"0/trim"`, `"1/elect_sign"`, ...
+    entry a stage, `"0/trim"`, `"1/elect_sign"`, ... What is not a number is unchanged to the
+    stages, and comes out as NaN whatever they drop.
 
     Args:
         *stages: in their order; one of them must be a `reduce`, and those after it work on the
@@ -75,6 +82,7 @@ def chain(*stages: Stage) -> core.MergeMethod:
         raise ValueError(f"a chain needs a reduce to make one model of M, got {names}")
 
     entrywise = all(stage.entrywise for stage in stages)
+    propagates = all(stage.propagates for stage in stages)
 
     def opened_leaves(
         models: PyTree, base: PyTree | None
@@ -88,11 +96,16 @@ def chain(*stages: Stage) -> core.MergeMethod:
 
     def worked_on(plan: Plan, name: str, rows: list[Array], origin: Array) -> TaskVectors:
         """The task vectors of one leaf after those stages that the plan has."""
-        values = core.each_model(lambda x: x - origin, rows)
-        taus = TaskVectors(values, core.per_model(None, len(rows)))
+        if propagates:
+            known, lost = [x - origin for x in rows], None
+        else:
+            known, lost = _differences(rows, origin)
+        taus = TaskVectors(jnp.stack(known), core.per_model(None, len(rows)))
         for made, stage in zip(names[: len(plan)], stages, strict=False):
             taus = stage.apply(plan[made], name, taus)
-        return taus
+        if lost is None or len(plan) < len(stages):
+            return taus
+        return taus._replace(values=jnp.where(lost, jnp.nan, taus.values))
 
     compiled = jax.jit(worked_on, static_argnums=1)
 
@@ -127,3 +140,12 @@ def chain(*stages: Stage) -> core.MergeMethod:
         return opened.write(packing.unpack(merged))
 
     return core.MergeMethod(measure, combine)
+
+
+@jax.jit
+def _differences(rows: list[Array], origin: Array) -> tuple[list[Array], Array]:
+    """The task vectors, 0 where they are no number, and where one of them is none, `[...]`."""
+    taus = [x - origin for x in rows]
+    lost = [jnp.isnan(x) for x in taus]
+    known = [jnp.where(none, 0, x) for none, x in zip(lost, taus, strict=True)]
+    return known, functools.reduce(operator.or_, lost)

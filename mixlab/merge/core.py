@@ -3,6 +3,13 @@
 A method sees models only as `Leaves`: named arrays that are read one at a time. `measure` maps
 over them and adds up what it finds, `combine` works leaf by leaf. So models whose leaves are
 memory-mapped files merge in the memory of one leaf, by the same code that merges arrays.
+
+What is NaN in one model is NaN in the merged one, at the same entry: that a model diverged must be
+seen, also where a method drops entries or masks them. A method that ranks or compares entries takes
+it for unchanged from the base meanwhile, so that it decides about no other entry; where leaves are
+factored or models weighed as a whole, more may become NaN. Robust methods (`robust.py`,
+`flag`) are there to withstand such models and do not follow this rule, and a model that a method
+leaves out has no part in it.
 """
 
 import dataclasses
@@ -31,6 +38,10 @@ class MergeMethod:
 
     Both are pure and run under `jit` and `vmap`; `jax.jit(method)` works. They take models that
     agree; the call takes care of those that do not, and of tied leaves, see `reconcile`.
+
+    Methods flatten and join leaves, which a mesh with explicit axes does not allow. There the
+    compiler has to find the shardings in between, and is told that of the merged model:
+    `jax.sharding.auto_axes(lambda models: method(models), out_sharding=specs)(models)`.
 
     Attributes:
         measure: the decisions.
@@ -420,6 +431,21 @@ def check_pair(num_models: int, what: str) -> None:
     """Raises a `ValueError` in the name of `what` unless there are two models."""
     if num_models != 2:
         raise ValueError(f"{what} takes two models, got {num_models}")
+
+
+def without_nan(stacked: Array, origin: Array) -> tuple[Array, Array, Array]:
+    """Models and their base without NaN, and where there was one.
+
+    Args:
+        stacked: `[M, ...]`.
+        origin: the base's leaf, `[...]`.
+
+    Returns:
+        `stacked`, where it or the base is NaN as if unchanged; `origin`, there 0; bools `[...]`.
+    """
+    lost = jnp.isnan(stacked) | jnp.isnan(origin)
+    origin = jnp.where(jnp.isnan(origin), 0, origin)
+    return jnp.where(lost, origin, stacked), origin, jnp.any(lost, axis=0)
 
 
 def along_models(weights: Array, stacked: Array) -> Array:

@@ -136,6 +136,8 @@ def flag_weights(
         shadows, basis, _, _ = jax.lax.fori_loop(0, iterations, step, state)
         given = jnp.where(valid, norms, 0) / num_models if keep_magnitude else 1 / rank
         weights = basis @ jnp.sum(shadows * given, axis=1) / norms
+        # Not even the rounding of a zero may be left to what is not finite.
+        weights = jnp.where(valid, weights, 0)
     return {"weights": weights, "explained": jnp.sum(jnp.square(shadows), axis=0)}
 
 

@@ -1,4 +1,7 @@
-"""Masks over one multi-task vector: which entries of it each task uses."""
+"""Masks over one multi-task vector: which entries of it each task uses.
+
+Where a model is NaN, the vector is, and all tasks use it.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -78,7 +81,7 @@ def emr() -> MaskMethod:
         leaves, bases = _opened(models, base, "emr")
 
         def means(name: str, stacked: Array) -> Array:
-            origin = bases.read(name)
+            stacked, origin, _ = core.without_nan(stacked, bases.read(name))
             vector, agree = masked({}, name, stacked, origin)
             sizes = jnp.abs(stacked - origin), jnp.where(agree, jnp.abs(vector), 0)
             count = max(vector.size, 1)
@@ -188,7 +191,12 @@ def _tall(
                 f"got shape {each.shape}"
             )
         ones = core.per_model(None, leaves.num_models)
-        taus = leaves.map(lambda name, x: chains.TaskVectors(x - bases.read(name), ones))
+
+        def task_vectors(name: str, stacked: Array) -> chains.TaskVectors:
+            stacked, origin, _ = core.without_nan(stacked, bases.read(name))
+            return chains.TaskVectors(stacked - origin, ones)
+
+        taus = leaves.map(task_vectors)
         of_stages = {}
         for step, stage in steps.items():
             of_stages[step] = stage.measure(taus, None)
@@ -225,6 +233,11 @@ def _mask_method(
     rescalers: Callable[[Plan], Array],
     one_model: bool = False,
 ) -> MaskMethod:
+    def whole(plan: Plan, name: str, stacked: Array, origin: Array) -> tuple[Array, Array]:
+        *given, lost = core.without_nan(stacked, origin)
+        vector, masks = masked(plan, name, *given)
+        return jnp.where(lost, jnp.nan, vector), masks | lost
+
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
         opened = core.open_models(models, base)
         bases = core.with_base(opened, what)
@@ -232,7 +245,7 @@ def _mask_method(
 
         def merge(name: str, stacked: Array) -> Array:
             origin = bases.read(name)
-            return unmask(origin, *masked(plan, name, stacked, origin), factors)
+            return unmask(origin, *whole(plan, name, stacked, origin), factors)
 
         num_models = None if one_model else opened.leaves.num_models
         return opened.write(opened.leaves.map(merge).read, num_models)
@@ -240,7 +253,7 @@ def _mask_method(
     def split(plan: Plan, models: PyTree, base: PyTree) -> MaskedVector:
         opened = core.open_models(models, base)
         bases = core.with_base(opened, what)
-        found = opened.leaves.each(lambda name, x: masked(plan, name, x, bases.read(name)))
+        found = opened.leaves.each(lambda name, x: whole(plan, name, x, bases.read(name)))
         nothing = (None, None)
         vector, masks = (
             trees.map_named(lambda name, _, i=i: found.get(name, nothing)[i], opened.template)

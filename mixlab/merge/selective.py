@@ -33,7 +33,7 @@ def arcee_fusion() -> core.MergeMethod:
         pairs = _pair(core.open_models(models, base), "arcee_fusion")
 
         def threshold(name: str, pair: tuple[Array, Array]) -> Array:
-            scores = jnp.sort(_importance(*pair), axis=None)
+            scores = jnp.sort(_importance(*pair)[0], axis=None)
             if not scores.size:
                 return jnp.zeros((), scores.dtype)
             q1, median, q3 = (scores[int(q * (scores.size - 1))] for q in (0.25, 0.5, 0.75))
@@ -45,7 +45,9 @@ def arcee_fusion() -> core.MergeMethod:
         def merge(name: str, pair: tuple[Array, Array]) -> Array:
             origin, changed = pair
             limit = plan["threshold"][name].astype(origin.dtype)
-            return jnp.where(_importance(origin, changed) >= limit, changed, origin)
+            importance, lost = _importance(origin, changed)
+            merged = jnp.where(importance >= limit, changed, origin)
+            return jnp.where(lost, jnp.nan, merged)
 
         opened = core.open_models(models, base)
         return opened.write(_pair(opened, "arcee_fusion").map(merge).read)
@@ -228,12 +230,14 @@ def _pair(opened: core.Models, what: str) -> core.Leaves:
     return opened.leaves.map(pair)
 
 
-def _importance(origin: Array, changed: Array) -> Array:
+def _importance(origin: Array, changed: Array) -> tuple[Array, Array]:
+    """How important changes are, and where one of the two is NaN."""
+    stacked, origin, lost = core.without_nan(changed[None], origin)
+    changed = stacked[0]
     if not origin.size:
-        return origin
+        return origin, lost
     rows = (x.reshape(x.shape or (1,)) for x in (changed, origin))
     p, q = (jax.nn.softmax(x, axis=-1) + _KL_FLOOR for x in rows)
     divergence = jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
-    return jnp.abs(changed - origin) * divergence.reshape(
-        *origin.shape[:-1], *[1] * (origin.ndim > 0)
-    )
+    shape = (*origin.shape[:-1], *[1] * (origin.ndim > 0))
+    return jnp.abs(changed - origin) * divergence.reshape(shape), lost

@@ -224,7 +224,7 @@ def mask(masks: PyTree) -> Stage:
             return taus
         return taus._replace(values=taus.values * jnp.asarray(plan[name], taus.values.dtype))
 
-    return Stage("mask", measure, apply)
+    return Stage("mask", measure, apply, propagates=True)
 
 
 def select(topk: ArrayLike) -> Stage:
@@ -285,7 +285,7 @@ def weigh(weights: ArrayLike | None, *, normalize: bool = False) -> Stage:
         weighted = core.each_model(lambda x, w: x * w.astype(x.dtype), taus.values, w)
         return taus._replace(values=weighted, weights=taus.weights * w)
 
-    return Stage("weigh", measure, apply, entrywise=True)
+    return Stage("weigh", measure, apply, entrywise=True, propagates=True)
 
 
 def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
@@ -389,7 +389,7 @@ def reduce(how: str = "sum") -> Stage:
             merged = merged / jnp.where(count > 0, count, 1)
         return TaskVectors(merged, core.per_model(None, 1))
 
-    return Stage("reduce", measure, apply, reduces=True, entrywise=True)
+    return Stage("reduce", measure, apply, reduces=True, entrywise=True, propagates=True)
 
 
 def fuse() -> Stage:
@@ -433,7 +433,7 @@ def rescale(factor: ArrayLike) -> Stage:
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
         return taus._replace(values=taus.values * plan["factor"].astype(taus.values.dtype))
 
-    return Stage("rescale", measure, apply, entrywise=True)
+    return Stage("rescale", measure, apply, entrywise=True, propagates=True)
 
 
 def _magnitude(name: str, taus: TaskVectors) -> Array:

@@ -30,6 +30,8 @@ class Row(NamedTuple):
         per_model: whether a model comes out for each that goes in, stacked.
         inputs: what else it takes, `models -> {name: value}`, one value a model.
         tolerance: relative, for what is true but for rounding.
+        nan: how far the NaN of one model goes: to its `"entry"`; to it, while the others may
+            change (`"weights"`) or be NaN too (`"leaf"`); or `"nowhere"`, in robust methods.
     """
 
     text: str
@@ -42,6 +44,7 @@ class Row(NamedTuple):
     per_model: bool = False
     inputs: Callable[[list[PyTree]], dict[str, list[PyTree]]] = lambda models: {}
     tolerance: float = 1e-5
+    nan: str = "entry"
 
     @property
     def method(self):
@@ -68,9 +71,9 @@ ROWS = {
     "arcee_fusion": Row("arcee_fusion", num_models=1, into_base=True, needs_base=True),
     "average": Row("average"),
     "breadcrumbs": Row("breadcrumbs(density=0.5, gamma=0.1)", needs_base=True),
-    "bulyan": Row("bulyan(num_byzantine=1)", num_models=7),
-    "caf": Row("caf(num_byzantine=1)", num_models=5, tolerance=1e-4),
-    "centered_clipping": Row("centered_clipping(radius=2.0, iterations=30)"),
+    "bulyan": Row("bulyan(num_byzantine=1)", num_models=7, nan="nowhere"),
+    "caf": Row("caf(num_byzantine=1)", num_models=5, tolerance=1e-4, nan="nowhere"),
+    "centered_clipping": Row("centered_clipping(radius=2.0, iterations=30)", nan="nowhere"),
     "consensus": Row("consensus(k=2, lam=0.4)", needs_base=True),
     "dare": Row(
         "dare(density=0.5, consensus='ties')", needs_base=True, needs_key=True, symmetric=False
@@ -79,38 +82,38 @@ ROWS = {
     "ema": Row("ema(decay=0.5)", symmetric=False),
     "emr": Row("emr", needs_base=True, per_model=True),
     "fisher": Row("fisher(normalize=True)", inputs=fishers),
-    "flag": Row("flag(rank=2, iterations=2)", num_models=4, tolerance=1e-4),
-    "geometric_median": Row("geometric_median", num_models=4),
+    "flag": Row("flag(rank=2, iterations=2)", num_models=4, tolerance=1e-4, nan="nowhere"),
+    "geometric_median": Row("geometric_median", num_models=4, nan="nowhere"),
     "interpolate": Row("interpolate(0.3)", num_models=2, pair=True, symmetric=False),
-    "iso_c": Row("iso_c(scale=0.5)", needs_base=True),
-    "iso_cts": Row("iso_cts(scale=0.5, common_space_fraction=0.4)", needs_base=True),
-    "karcher": Row("karcher"),
-    "krum": Row("krum(num_byzantine=1)", num_models=5),
+    "iso_c": Row("iso_c(scale=0.5)", needs_base=True, nan="leaf"),
+    "iso_cts": Row("iso_cts(scale=0.5, common_space_fraction=0.4)", needs_base=True, nan="leaf"),
+    "karcher": Row("karcher", nan="weights"),
+    "krum": Row("krum(num_byzantine=1)", num_models=5, nan="nowhere"),
     "magmax": Row("magmax", needs_base=True),
-    "mda": Row("mda(num_byzantine=1)", num_models=4),
-    "meamed": Row("meamed(num_byzantine=1)", num_models=4),
-    "median": Row("median", num_models=4),
-    "model_stock": Row("model_stock", needs_base=True),
-    "monna": Row("monna(num_byzantine=2)", num_models=5, symmetric=False),
-    "multi_krum": Row("multi_krum(num_byzantine=1)", num_models=5),
-    "multislerp": Row("multislerp"),
+    "mda": Row("mda(num_byzantine=1)", num_models=4, nan="nowhere"),
+    "meamed": Row("meamed(num_byzantine=1)", num_models=4, nan="nowhere"),
+    "median": Row("median", num_models=4, nan="nowhere"),
+    "model_stock": Row("model_stock", needs_base=True, nan="weights"),
+    "monna": Row("monna(num_byzantine=2)", num_models=5, symmetric=False, nan="nowhere"),
+    "multi_krum": Row("multi_krum(num_byzantine=1)", num_models=5, nan="nowhere"),
+    "multislerp": Row("multislerp", nan="weights"),
     "nearswap": Row("nearswap(t=0.5)", num_models=1, into_base=True, needs_base=True),
-    "nuslerp": Row("nuslerp(t=0.3)", num_models=2, pair=True, symmetric=False),
+    "nuslerp": Row("nuslerp(t=0.3)", num_models=2, pair=True, symmetric=False, nan="weights"),
     "pcb": Row("pcb(ratio=0.5)", needs_base=True),
-    "phocas": Row("phocas(num_byzantine=1)", num_models=4),
+    "phocas": Row("phocas(num_byzantine=1)", num_models=4, nan="nowhere"),
     "ram": Row("ram", needs_base=True),
     "ram_plus": Row("ram_plus(epsilon=0.5)", needs_base=True),
-    "regmean": Row("regmean(off_diagonal=0.9)", inputs=grams),
+    "regmean": Row("regmean(off_diagonal=0.9)", inputs=grams, nan="leaf"),
     "sce": Row("sce(select_topk=0.5)", needs_base=True),
-    "smea": Row("smea(num_byzantine=1)", num_models=4),
-    "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False),
+    "smea": Row("smea(num_byzantine=1)", num_models=4, nan="nowhere"),
+    "slerp": Row("slerp(t=0.3)", num_models=2, pair=True, symmetric=False, nan="weights"),
     "swa": Row("swa"),
     "tall_masks": Row("tall_masks(lam=0.4)", needs_base=True, per_model=True),
     "task_arithmetic": Row("task_arithmetic(scale=0.5)", needs_base=True),
     "ties": Row("ties(density=0.5)", needs_base=True),
-    "trimmed_mean": Row("trimmed_mean(num_byzantine=1)", num_models=4),
-    "tsv": Row("tsv(scale=0.5)", needs_base=True),
-    "twin": Row("twin(density=0.7)", needs_base=True, inputs=router_weights),
+    "trimmed_mean": Row("trimmed_mean(num_byzantine=1)", num_models=4, nan="nowhere"),
+    "tsv": Row("tsv(scale=0.5)", needs_base=True, nan="leaf"),
+    "twin": Row("twin(density=0.7)", needs_base=True, inputs=router_weights, nan="leaf"),
 }
 every = pytest.mark.parametrize("name", sorted(ROWS))
 
@@ -344,6 +347,37 @@ def test_gradient_is_finite(name):
     gradient = jax.jit(jax.grad(loss))([m["dense"] for m in models])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+
+
+@every
+def test_nan_in_one_model_comes_out_at_its_entry(name):
+    row = ROWS[name]
+    models, kwargs = arguments(row)
+
+    # The second of several, in which `flag` has to round the weight that is to be 0.
+    which = 1 if row.num_models > 2 else -1
+
+    def merged(entry):
+        damaged = jax.tree.map(lambda leaf: leaf, models)
+        dense = damaged[which]["dense"]
+        dense["kernel"] = dense["kernel"].at[1, 2].set(entry)
+        made = jitted(name)(damaged, **kwargs)["dense"]
+        return np.asarray(made["kernel"]), np.asarray(made["gain"])
+
+    kernel, gain = merged(np.nan)
+    assert np.isfinite(gain).all()
+    if row.nan == "nowhere":
+        assert np.isfinite(kernel).all()
+        return
+    assert np.isnan(kernel[..., 1, 2]).all()
+    others = np.arange(12).reshape(4, 3) != 5
+    if row.nan != "leaf":
+        assert np.isfinite(kernel[..., others]).all()
+    if row.nan == "entry":
+        # Nor does it count in what is decided about the others.
+        unchanged, same_gain = merged(kwargs["base"]["dense"]["kernel"][1, 2])
+        np.testing.assert_allclose(kernel[..., others], unchanged[..., others], rtol=1e-6)
+        np.testing.assert_allclose(gain, same_gain, rtol=1e-6)
 
 
 @every

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from mixlab import merge
 
@@ -135,3 +136,23 @@ def test_parse_names_what_it_does_not_know():
         merge.parse("trim(0.2) | average")
     with pytest.raises(ValueError, match="needs a reduce"):
         merge.parse("trim(0.2) | rescale(2.0)")
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x")])
+@pytest.mark.parametrize("text", ["average", "ties(0.5)", "fisher", "krum(0)", "iso_c"])
+def test_models_on_a_mesh_with_explicit_axes(text, spec):
+    """As `MergeMethod` tells to; most methods would fail without `auto_axes`."""
+    base, *models = np.random.default_rng(0).normal(size=(4, 8, 8)).astype(np.float32)
+    method = merge.parse(text)
+    inputs = {"fishers": [x**2 for x in models]} if text == "fisher" else {}
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+    def run(models, base, inputs):
+        return method(models, base=base, **inputs)
+
+    expected = run(models, base, inputs)
+    with jax.set_mesh(mesh):
+        given = jax.device_put((models, base, inputs), jax.NamedSharding(mesh, spec))
+        merged = jax.jit(jax.sharding.auto_axes(run, out_sharding=spec))(*given)
+    assert merged.sharding.is_equivalent_to(given[1].sharding, 2)
+    np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-5)

@@ -94,6 +94,25 @@ def test_edges_give_finite_models():
                 np.testing.assert_array_equal(np.ravel(merged), zero, err_msg=text)
 
 
+@pytest.mark.parametrize("text", ["emr", "tall_masks", "consensus", "arcee_fusion"])
+def test_nan_in_the_base_stays_at_its_entry(text):
+    base, *models = RNG.normal(size=(4, 5, 6)).astype(np.float32)
+    base[2, 3] = np.nan
+    merged = merge.parse(text)(models[: 1 if text == "arcee_fusion" else 3], base=base)
+    np.testing.assert_array_equal(np.isnan(merged), np.broadcast_to(np.isnan(base), merged.shape))
+
+
+def test_nan_is_in_the_vector_and_in_every_mask():
+    base, *models = RNG.normal(size=(4, 9)).astype(np.float32)
+    models[1][2] = np.nan
+    for method in (merge.emr(), merge.tall_masks()):
+        split = method.split(method.measure(models, base), models, base)
+        np.testing.assert_array_equal(np.isnan(split.vector), np.arange(9) == 2)
+        assert np.all(split.masks[:, 2])
+        compressed = merge.compress(method, models, base=base)
+        np.testing.assert_array_equal(compressed.models(base), method(models, base=base))
+
+
 def test_nearswap_moves_by_t_at_most():
     base = {"x": np.float32([0, 0, 0, 1])}
     other = {"x": np.float32([0.5, -3, 0, 1.25])}

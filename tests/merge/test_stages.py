@@ -306,6 +306,33 @@ def test_of_equal_magnitudes_the_later_model_wins():
     assert np.isnan(run(merge.magmax(), nan)[0])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trim(0.5, scope='leaf', exact=True) | elect_sign(by='normfrac') | reduce('mean')",
+        "elect_sign(by='normmass', zero='positive') | reduce('max')",
+        "drop(0.3, rescale='l1') | reduce",
+        "select(0.5) | weigh([1, 0, 1]) | reduce",
+        "threshold(9.0) | reduce",
+        "balance(0.5, variant='vision') | reduce",
+    ],
+)
+@pytest.mark.parametrize("in_base", [False, True])
+def test_nan_passes_by_the_stages(text, in_base):
+    """It is there in the end, and meanwhile the entry is one that no model changed."""
+    base, *models = np.random.default_rng(0).normal(size=(4, 20)).astype(np.float32)
+    damaged, whole, broken = np.stack(models), np.stack(models), base.copy()
+    if in_base:
+        broken[4], whole[:, 4] = np.nan, base[4]
+    else:
+        damaged[1, 4], whole[1, 4] = np.nan, base[4]
+    key = jax.random.key(0)
+    found = merge.parse(text)([{"v": m} for m in damaged], base={"v": broken}, key=key)["v"]
+    clean = merge.parse(text)([{"v": m} for m in whole], base={"v": base}, key=key)["v"]
+    assert np.isnan(found[4])
+    np.testing.assert_allclose(np.delete(found, 4), np.delete(clean, 4), rtol=1e-6)
+
+
 def test_weights_are_normalised():
     chain = merge.chain(merge.weigh([1, 3], normalize=True), merge.reduce())
     np.testing.assert_allclose(run(chain), np.average(DELTAS, axis=0, weights=[1, 3]))
