@@ -7,7 +7,6 @@ import pytest
 
 from mixlab import augment
 from mixlab.augment import ops
-from mixlab.augment.mixing import frame
 from mixlab.augment.mixing.fourier import _brightest
 from mixlab.augment.ops.photometric import divide
 
@@ -75,25 +74,3 @@ def test_division_by_floats_is_exact():
     d = np.concatenate([RNG.integers(2**11, 2**20, 5000), np.repeat([1, 7, 255], 400)])
     d = d.astype(np.int32)
     np.testing.assert_array_equal(divide(jnp.asarray(n), jnp.asarray(d)), n // d)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("faulty", [np.nan, np.inf])
-@pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_what_has_no_weight_is_left_out_even_where_it_is_not_finite(lam, faulty, dtype):
-    image = jnp.stack([jnp.full((4, 4, 1), faulty), jnp.ones((4, 4, 1))]).astype(dtype)
-    label = jnp.asarray([[faulty, 0], [0, 1]], jnp.float32)
-    batch = {"image": image, "label": label}
-    plan = {"partner": jnp.asarray([1, 0]), "lam": jnp.full(2, lam), "use": jnp.ones(2, bool)}
-    mask = jnp.full((2, 4, 4), lam)
-    whole = [0, 1] if lam else [1, 0]
-    for aug, made in ((augment.mixup(), plan), (augment.fmix(), plan | {"mask": mask})):
-        found = jax.jit(aug.apply)(made, batch)
-        for name in ("image", "label"):
-            expected = np.asarray(batch[name], np.float32)[whole]
-            np.testing.assert_array_equal(np.asarray(found[name], np.float32), expected)
-
-
-def test_a_weight_of_zero_has_its_gradient():
-    slope = jax.grad(lambda w: frame.lerp(w, jnp.asarray(5.0), jnp.asarray(3.0)))
-    assert [slope(w) for w in (0.0, 0.5, 1.0)] == [2.0, 2.0, 2.0]

@@ -230,18 +230,11 @@ def mirrored(x: Array, size: int) -> Array:
 def lerp(weight: Array, a: Array, b: Array) -> Array:
     """`weight * a + (1 - weight) * b` in float32 or wider, in the dtype of `a`.
 
-    What has a weight of exactly 0 is left out, even where it is not finite.
+    What is not finite stays so at weight 0: to leave it out would cost FMix a tenth of its time.
     """
     dtype = working_dtype(a.dtype)
     weight = weight.astype(dtype)
-
-    def share(weight: Array, x: Array) -> Array:
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            # Finite ones stay, for the gradient of the weight.
-            x = jnp.where((weight != 0) | jnp.isfinite(x), x, 0)
-        return weight * x.astype(dtype)
-
-    return to_dtype(share(weight, a) + share(1.0 - weight, b), a.dtype)
+    return to_dtype(weight * a.astype(dtype) + (1.0 - weight) * b.astype(dtype), a.dtype)
 
 
 def lam_of(plan: Plan, image: Array) -> Array:
