@@ -33,6 +33,9 @@ from mixlab.experiment.config import check_partitions as check_partitions  # tha
 from mixlab.progress import MetricWriter, ProgressLine
 from mixlab.types import PyTree
 
+# How often a step is timed, for what communication takes of it.
+_REPEATS = 5
+
 
 class Diverged(FloatingPointError):
     """The loss of an agent is no longer a finite number."""
@@ -203,6 +206,8 @@ def _run(
             )
 
         match_seconds, communicated = 0.0, False
+        share: float | None = None  # of a step, what communication within it takes
+        first = pretrain if strategy.every == "step" else 0
         batches = stack.enter_context(closing(experiment.feed.steps(start, total)))
         for step in range(start, total):
             if begins_round(step) and strategy.every in ("round", "step"):
@@ -221,8 +226,13 @@ def _run(
                     carry = merged
                 communicated = True
                 record(step, "merge", carry._replace(state=merged.state))
+            if share is None and experiment.alone is not None and step >= first:
+                with clock("compile"):
+                    share = _share(experiment, carry, step)
             with clock("local"):
                 carry = experiment.step(carry, next(batches), step)
+            if share:
+                clock.move(share * clock.last, "local", "merge")
             if line.due(step + 1):  # other processes find other times due: nothing is exchanged
                 totals = parallel.get_local(carry.totals)
                 if jax.process_count() == 1:
@@ -232,6 +242,8 @@ def _run(
             if ends_phase(step + 1):
                 with clock("local"):
                     jax.block_until_ready(carry)
+                if share:
+                    clock.move(share * clock.last, "local", "merge")
                 check_finite(carry)
                 record(step + 1, "local", carry)
                 carry = carry._replace(totals=jax.tree.map(jnp.zeros_like, carry.totals))
@@ -251,6 +263,24 @@ def _timed(fn: Callable[..., PyTree], *args: Any) -> float:
     start = time.perf_counter()
     jax.block_until_ready(fn(*args))
     return time.perf_counter() - start
+
+
+def _share(experiment: Experiment, carry: Carry, step: int) -> float:
+    """Which fraction of a step's time its communication takes, of a few from `step` on."""
+    assert experiment.alone is not None
+    steps = experiment.step, experiment.alone
+    seconds = [0.0, 0.0]
+    with closing(experiment.feed.steps(step, step + 1)) as batches:
+        batch = next(batches)
+    for repeat in range(_REPEATS + 1):
+        for i, run in enumerate(steps):
+            own = jax.block_until_ready(jax.tree.map(jnp.copy, carry))  # steps reuse its memory
+            start = time.perf_counter()
+            jax.block_until_ready(run(own, batch, step + repeat))
+            if repeat:  # the first calls compile
+                seconds[i] += time.perf_counter() - start
+    whole, alone = seconds
+    return max(0.0, 1 - alone / whole)
 
 
 class _Clock:

@@ -415,3 +415,42 @@ def test_programs_are_kept_with_the_runs_or_where_the_user_says(given, tmp_path,
             assert jax.config.jax_compilation_cache_dir == (given or str(tmp_path / ".jax_cache"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_what_communication_takes_of_a_step_is_what_it_takes_beyond_one_without(monkeypatch):
+    now = [0.0]
+
+    def taking(seconds):
+        def run(carry, batch, step):
+            now[0] += seconds
+            carry["x"].delete()  # as a step does that reuses its memory
+            return {}
+
+        return run
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    feed = types.SimpleNamespace(steps=lambda start, stop: (step for step in range(start, stop)))
+    carry = {"x": jnp.ones(3)}
+    for whole, alone, share in ((4.0, 3.0, 0.25), (1.0, 1.5, 0.0)):
+        made = types.SimpleNamespace(feed=feed, step=taking(whole), alone=taking(alone))
+        assert train._share(made, carry, 7) == share
+    assert carry["x"].sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "epochs"), [("dpsgd", [1]), ("data_parallel", [0]), ("wa", [])]
+)
+def test_communication_within_steps_is_timed_where_it_begins(
+    strategy, epochs, tmp_path, monkeypatch
+):
+    timed = []
+    monkeypatch.setattr(train, "_share", lambda made, carry, step: timed.append(step) or 0.5)
+    config = get_config()
+    config.update(strategy=strategy, agents=2, pretrain_epochs=1, rounds=1, batch_size=256)
+    train.train(config, tmp_path)
+    steps = json.loads((tmp_path / "runs" / strategy / "setup.json").read_text())["steps_per_epoch"]
+    assert timed == [steps * epoch for epoch in epochs]
+    lines = (tmp_path / "runs" / strategy / "metrics.jsonl").read_text().splitlines()
+    seconds = json.loads(lines[-1])["seconds"]
+    if epochs:
+        assert 0 < seconds["merge"] <= seconds["local"] * 1.01 + 0.002

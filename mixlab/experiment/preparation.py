@@ -33,6 +33,8 @@ class Experiment(NamedTuple):
             `taken`, by name.
         step: `step(carry, held, step) -> carry`; the old carry's memory is reused. Before the
             first round nobody mixes and nobody fails.
+        alone: as `step`, without communication; None where steps have none. It is there to be
+            timed.
         communicate: `communicate(carry, round) -> carry`.
         match: `match(carry, round)` does what `communicate` does before it merges; None where
             nothing is matched. It is there to be timed.
@@ -53,6 +55,7 @@ class Experiment(NamedTuple):
     init: Callable[[], Carry]
     adopt: Callable[[Carry, PyTree], Carry]
     step: Callable[[Carry, PyTree, int], Carry]
+    alone: Callable[[Carry, PyTree, int], Carry] | None
     communicate: Callable[[Carry, int], Carry]
     match: Callable[[Carry, int], PyTree] | None
     test: Callable[[PyTree], dict[str, np.ndarray]]
@@ -162,6 +165,7 @@ def prepare(config: ConfigDict) -> Experiment:
     run_start = parallel.compile(start)
     run_adopt = parallel.compile(programs.adopt)
     run_step = parallel.compile(programs.step, donate=True)
+    run_alone = parallel.compile(programs.alone, donate=True)
     run_communicate = parallel.compile(programs.communicate)
     run_match = parallel.compile(programs.match)
     run_evaluate = parallel.compile(programs.evaluate)
@@ -174,10 +178,10 @@ def prepare(config: ConfigDict) -> Experiment:
     copies = 4 * len(parallel.devices) * test_set.num_bytes
     resident = list(stream()) if copies <= config.memory_bytes else None
 
-    def run(carry: Carry, held: PyTree, now: int) -> Carry:
+    def in_step(now: int) -> PyTree:
         number = (now - pretrain_steps) // round_steps if now >= pretrain_steps else -1
         known = {name: x for name, x in shared.items() if name != "images"}
-        return run_step(carry, held, {**known, "step": np.int32(now), "round": np.int32(number)})
+        return {**known, "step": np.int32(now), "round": np.int32(number)}
 
     def in_round(number: int) -> PyTree:
         time = number if strategy.every == "round" else number * round_steps  # the next step
@@ -224,7 +228,12 @@ def prepare(config: ConfigDict) -> Experiment:
         feed=feed,
         init=lambda: run_start(parallel.put(np.arange(config.agents)), {}, shared),
         adopt=lambda carry, taken: run_adopt(carry, taken, {}),
-        step=run,
+        step=lambda carry, held, now: run_step(carry, held, in_step(now)),
+        alone=(
+            (lambda carry, held, now: run_alone(carry, held, in_step(now)))
+            if strategy.every in ("step", "always")
+            else None
+        ),
         communicate=lambda carry, number: run_communicate(carry, own_images, in_round(number)),
         match=(
             None

@@ -1,6 +1,7 @@
 """What the agents of an experiment do, as programs over the agent axis."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +102,20 @@ class Programs:
 
     def step(self, axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
         """A step of local training and what the strategy makes of it; `held` is of `feed`."""
+        return self._step(axis, carry, held, shared, self.strategy.local_step)
+
+    def alone(self, axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
+        """As `step`, of agents that do not communicate."""
+        return self._step(axis, carry, held, shared, agents.strategies.local_step)
+
+    def _step(
+        self,
+        axis: agents.Axis,
+        carry: Carry,
+        held: PyTree,
+        shared: PyTree,
+        local_step: Callable[..., agents.AgentState],
+    ) -> Carry:
         state, now = carry.state, shared["step"]
         shared = {**shared, "time": now - self.pretrain_steps}
         net = self._network(axis, carry.outbox.get("step"), shared)
@@ -134,7 +149,7 @@ class Programs:
             batch,
             lambda variables, batch: self._gradients(their_key, variables, batch)[0],
         )
-        after = self.strategy.local_step(net, self.problem, state, found)
+        after = local_step(net, self.problem, state, found)
         if net.awake is not None:
             here = net.awake[axis.ids]
             metrics = jax.tree.map(lambda x: jnp.where(here, x, 0), metrics)

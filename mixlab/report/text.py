@@ -32,8 +32,9 @@ merge, at the same time.
 LEGEND_OF_COMMUNICATION = """\
 An agent's share on average, in the whole run. *messages*: sent; *sent* and *received*: megabytes
 (10^6 bytes) by kind; *most sent*: by the agent that sends most; *local*, *match*, *merge*: seconds
-of all agents together, without compilation; what mixes within steps does so under *local*. Runs
-that were made at the same time (`mixlab sweep --jobs`) have slowed one another.
+of all agents together, without compilation; of what mixes within steps *merge* is by how much a
+step takes longer than one of agents that do not communicate, timed once a run. Runs that were made
+at the same time (`mixlab sweep --jobs`) have slowed one another.
 """
 
 

@@ -11,7 +11,7 @@ from mixlab.agents.strategies.averaging import dimat, gossip, wa
 from mixlab.agents.strategies.basic import data_parallel, none
 from mixlab.agents.strategies.compressed import choco
 from mixlab.agents.strategies.consensus import Consensus, consensus
-from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy
+from mixlab.agents.strategies.core import AgentState, Gradients, Problem, Strategy, local_step
 from mixlab.agents.strategies.federated import diloco, fedadam, fedavg, fedavgm, fedprox
 from mixlab.agents.strategies.stepwise import cdmsgd, cdsgd, cga, dpsgd, ldsgd, swarm
 from mixlab.agents.strategies.tracking import gradient_tracking, sgp
@@ -77,6 +77,7 @@ __all__ = [
     "gossip",
     "gradient_tracking",
     "ldsgd",
+    "local_step",
     "none",
     "parse",
     "sgp",
