@@ -24,6 +24,8 @@ NUM_AGENTS, BATCH = 8, 32
 """Of the training step."""
 CROWDS = (1, 10, 100, 1000)
 """Numbers of small agents on one device."""
+CROWDS_OF_RESNETS = (1, 8, 64)
+"""The same on an accelerator; a CPU would take minutes for a step."""
 MATCHING_IMAGES = 256
 
 
@@ -33,7 +35,7 @@ def run(options: Options) -> Report:
     left_out: dict[str, str] = {}
     tables = {
         f"A training step of {NUM_AGENTS} agents, milliseconds": list(_steps(options, left_out)),
-        "Small agents on one device, a training step and a mixing, milliseconds": list(
+        "Many agents on one device, a training step and a mixing, milliseconds": list(
             _crowds(options)
         ),
         "A DIMAT round, milliseconds": list(_rounds(options)),
@@ -199,13 +201,23 @@ def _torch_loop(name: str, shape: tuple[int, ...]) -> Callable[[], None]:
     return step
 
 
-# ---------------------------------------------------------------- many small agents
+# ---------------------------------------------------------------- many agents
 
 
 def _crowds(options: Options) -> Iterator[dict[str, Any]]:
-    module, shape = models.MLP(10, (32,)), (28, 28, 1)
-    for count in CROWDS:
-        if not options.selects("crowds", count):
+    small = "MLP 784-32-10", models.MLP(10, (32,)), (28, 28, 1)
+    yield from _crowds_of(*small, CROWDS, options)
+    if jax.default_backend() != "cpu":
+        large = _networks()["ResNet-20"]
+        yield from _crowds_of("ResNet-20", *large, CROWDS_OF_RESNETS, options)
+
+
+def _crowds_of(
+    name: str, module: Any, shape: tuple[int, ...], counts: tuple[int, ...], options: Options
+) -> Iterator[dict[str, Any]]:
+    alone = None
+    for count in counts:
+        if not options.selects("crowds", name, count):
             continue
         where = agents.parallel(count, "vmap")
         variables = jax.jit(jax.vmap(lambda key: module.init(key, jnp.zeros((1, *shape)))))(
@@ -216,11 +228,15 @@ def _crowds(options: Options) -> Iterator[dict[str, Any]]:
             calls[topology.name] = _mixing(where, topology, variables)
         timings = interleaved(calls, options.at_most(5), timer())
         step = timings["step"].median
+        if count == 1:
+            alone = step
         yield {
+            "network": name,
             "agents": count,
             "parameters": trees.num_bytes(variables) // 4 // count,
             "step": f"{1e3 * step:.3g}",
             "step an agent": f"{1e3 * step / count:.3g}",
+            "agents x one / ours": f"{count * alone / step:.2f}" if alone else "",
             "mixing, ring": f"{1e3 * timings['ring'].median:.3g}",
             "mixing, complete": f"{1e3 * timings['complete'].median:.3g}",
         }
