@@ -99,6 +99,7 @@ def test_models_go_from_process_to_process(tmp_path):
     }
     for name, array in wanted.items():
         np.testing.assert_array_equal(found[name], array)
+    np.testing.assert_array_equal(found["taken"], mixing.taken(str(tmp_path / "run")))
     for name, matrix in matrices.items():
         np.testing.assert_allclose(wanted[name], matrix @ models, rtol=1e-5, atol=1e-6)
     median = np.broadcast_to(np.median(models, axis=0), models.shape)
