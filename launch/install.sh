@@ -52,6 +52,13 @@ if command -v uv >/dev/null 2>&1; then
   [ -x .venv/bin/python ] || uv venv --quiet --python "${PYTHON:->=3.11,<3.14}" .venv
   uv pip install --quiet --python .venv/bin/python "${options[@]}" --editable "$target"
 else
-  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  if [ ! -x .venv/bin/python ]; then
+    python="${PYTHON:-python3}"
+    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
+      echo "$python is not Python 3.11 to 3.13: name one in PYTHON, or install uv, which fetches one" >&2
+      exit 2
+    }
+    "$python" -m venv .venv
+  fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "${options[@]}" --editable "$target"
 fi

@@ -13,8 +13,11 @@ if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
 fi
 export MIXLAB_PROCESSES="$1"
 shift
-read -ra mixlab <<<"${MIXLAB:-$(dirname "$0")/../.venv/bin/mixlab}"
-export MIXLAB_COORDINATOR="${MIXLAB_COORDINATOR:-localhost:$((20000 + $$ % 10000))}"
+mixlab=("$(dirname "$0")/../.venv/bin/mixlab") # the path may hold spaces, which part a command's words
+[ -z "${MIXLAB:-}" ] || read -ra mixlab <<<"$MIXLAB"
+port=$((20000 + $$ % 10000))
+while (: <"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
+export MIXLAB_COORDINATOR="${MIXLAB_COORDINATOR:-localhost:$port}"
 gpus=0
 command -v nvidia-smi >/dev/null 2>&1 && gpus="$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)"
 

@@ -38,6 +38,13 @@ def _checksums(tree: PyTree) -> dict[str, int]:
     }
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For what process 0 does by itself: otherwise orbax waits for the others."""
+    return ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+    )
+
+
 class _Manager(ocp.CheckpointManager):
     """Orbax's, without its own question whether SIGTERM has come.
 
@@ -123,11 +130,8 @@ class Checkpoints:
 
     def _open(self, keep: int | None) -> _Manager:
         self.folder.mkdir(parents=True, exist_ok=True)
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
-        )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, step_prefix="step", create=False, multiprocessing_options=alone
+            max_to_keep=keep, step_prefix="step", create=False, multiprocessing_options=_alone()
         )
         return _Manager(self.folder, options=options)
 
@@ -459,7 +463,7 @@ def _read_orbax(path: Path) -> tuple[PyTree, bool]:
     item = next((p for p in (path / "state", path / "default") if p.is_dir()), path)
     is_run = item == path / "state"
     try:
-        tree = ocp.StandardCheckpointer().restore(item)
+        tree = ocp.StandardCheckpointer(multiprocessing_options=_alone()).restore(item)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{path} is no model; give {_KNOWN} ({error})") from error
     if is_run and "variables" not in (tree.get("state") or {}):

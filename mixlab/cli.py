@@ -167,6 +167,19 @@ def _job(workdir: str) -> Iterator[None]:
         _fail(str(error), 1)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         _fail(f"{type(error).__name__}: {error}", 1)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        # At its end JAX would wait a minute for the others, which may wait for this process.
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            reason, *_ = str(error).splitlines()
+            _fail(
+                f"{reason}\nA process has ended, or is out of reach: see what others said "
+                "last. Run the same command again to go on from what is saved",
+                1,
+            )
+        traceback.print_exc()
+        distributed.leave(1)
 
 
 def _usage(command: str) -> str:

@@ -9,8 +9,11 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -25,6 +28,10 @@ SHUTDOWN_SECONDS = 60
 """How long a process that has come to its end waits for the others to end."""
 
 
+PATIENCE_SECONDS = 15.0
+"""After how long a process says that it still waits for the others to start."""
+
+
 class FailedElsewhere(Exception):
     """Process 0 failed, and has said why."""
 
@@ -37,18 +44,27 @@ def initialize() -> None:
     found. With `MIXLAB_PROCESSES=auto` JAX asks the cluster: a TPU pod, SLURM, Open MPI.
 
     Raises:
-        ValueError: a variable is missing, or is no such number.
+        ValueError: a variable is missing, or is no such number; there is no cluster.
+        OSError: another program uses the port.
     """
     processes = os.environ.get("MIXLAB_PROCESSES", "1")
     if processes == "1":
         return
     if processes == "auto":
-        jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        try:
+            with _patience("this process waits"):
+                jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        except ValueError as error:
+            raise ValueError(
+                f"MIXLAB_PROCESSES=auto, but JAX finds no cluster that it knows ({error}); give "
+                "their number, MIXLAB_PROCESS and MIXLAB_COORDINATOR"
+            ) from error
     else:
         process, address = (
             os.environ.get(f"MIXLAB_{name}", "") for name in ("PROCESS", "COORDINATOR")
         )
-        if not (processes.isdecimal() and process.isdecimal() and ":" in address):
+        _, colon, port = address.rpartition(":")
+        if not (processes.isdecimal() and process.isdecimal() and colon and port.isdecimal()):
             raise ValueError(
                 f"MIXLAB_PROCESSES={processes!r}, MIXLAB_PROCESS={process!r}, "
                 f"MIXLAB_COORDINATOR={address!r}: expected a number of processes (or auto), which "
@@ -56,11 +72,37 @@ def initialize() -> None:
             )
         if not int(process) < int(processes):
             raise ValueError(f"MIXLAB_PROCESS={process}: of {processes} the last is one less")
-        jax.distributed.initialize(
-            address, int(processes), int(process), shutdown_timeout_seconds=SHUTDOWN_SECONDS
-        )
+        if int(process) == 0:
+            _check_free(int(port))
+        with _patience(f"process {process} of {processes} waits at {address}"):
+            jax.distributed.initialize(
+                address, int(processes), int(process), shutdown_timeout_seconds=SHUTDOWN_SECONDS
+            )
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives
+
+
+@contextmanager
+def _patience(who: str) -> Iterator[None]:
+    """Says for whom JAX waits, if it does: after five silent minutes it would abort the process."""
+    told = f"mixlab: {who} for the others; have all been started, with the same host:port?"
+    timer = threading.Timer(PATIENCE_SECONDS, print, (told,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _check_free(port: int) -> None:
+    """Refuses a port that is in use, with which JAX would crash and not say why."""
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        raise OSError(
+            f"process 0 cannot listen on port {port} of MIXLAB_COORDINATOR ({error}); give another"
+        ) from error
 
 
 def leave(status: int) -> NoReturn:
@@ -108,6 +150,13 @@ def share(value: Any) -> Any:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
     sent = multihost_utils.broadcast_one_to_all(np.resize(text, length))
     return json.loads(sent.astype(np.uint8).tobytes())
+
+
+def where(flag: bool) -> list[int]:
+    """The processes in which `flag` is true; all of them ask."""
+    if jax.process_count() == 1:
+        return [0] if flag else []
+    return np.flatnonzero(multihost_utils.process_allgather(np.array(flag))).tolist()
 
 
 def share_arrays(tree: PyTree) -> PyTree:

@@ -66,7 +66,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
         The path of the report.
 
     Raises:
-        ValueError: a field cannot be used, or the folder holds another config.
+        ValueError: a field cannot be used, the folder holds another config, or another process
+            was started with one.
         Diverged: a loss became NaN or infinite; the last good checkpoint is kept.
         Stopped: SIGTERM arrived, in any process, or Ctrl-C; the state has been saved.
         KeyboardInterrupt: Ctrl-C came twice; older checkpoints are kept.
@@ -74,6 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
         checkpoint.CheckpointError: saving failed, e.g. because the disk is full.
     """
     workdir = Path(workdir).absolute()
+    _check_alike(config)
     runs = variants(config)
     check_partitions(runs)
     distributed.once(lambda: claim(workdir, config))
@@ -397,19 +399,14 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         ValueError: the folder holds runs of another config.
     """
     path = workdir / "config.json"
-    mine = json.loads(json.dumps(config.to_dict()))
+    mine = _plain(config)
     runs = list((workdir / "runs").glob("*"))
     if path.exists() and any(_has_begun(run) for run in runs):
         other = json.loads(path.read_text())
         free = {*FREE}
         if {*mine["sweep"]} == {*other["sweep"]}:
             free |= {"sweep", "sweep_skip"}
-        fields = (k for k in {*mine, *other} if mine.get(k, "absent") != other.get(k, "absent"))
-        lines = "".join(
-            f"\n  {k}: {other.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} now"
-            for k in sorted({*fields} - free)
-        )
-        if lines:
+        if lines := _differences(other, mine, free, "now"):
             raise ValueError(
                 f"{workdir} holds a run of another config:{lines}\n"
                 "Use another --workdir, or the same config to go on with that run."
@@ -419,6 +416,36 @@ def claim(workdir: Path, config: ConfigDict) -> None:
             shutil.rmtree(run)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, mine)
+
+
+def _check_alike(config: ConfigDict) -> None:
+    """Refuses processes of several configs, whose collectives would wait for ever or mix up.
+
+    Raises:
+        ValueError: in all processes; those that differ from process 0 say in what.
+    """
+    mine = _plain(config)
+    lines = _differences(distributed.share(mine), mine, {"data_dir", "download"}, "here")
+    if others := distributed.where(bool(lines)):
+        raise ValueError(
+            f"process {', '.join(map(str, others))} was started with another config than process 0"
+            + (f":{lines}" if lines else ", and says in what they differ")
+        )
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return plain
+
+
+def _differences(other: dict[str, Any], mine: dict[str, Any], but: set[str], here: str) -> str:
+    """A line for each field that differs."""
+    fields = (k for k in {*mine, *other} if mine.get(k, "absent") != other.get(k, "absent"))
+    return "".join(
+        f"\n  {k}: {other.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} {here}"
+        for k in sorted({*fields} - but)
+    )
 
 
 def _has_begun(run: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Twelve agents, three on each of four devices, mix; as one of several processes.
+"""Twelve agents, three on each of four devices, mix, and others are read; in several processes.
 
 `python -m tests.mixing train FILE` writes what they hold then to FILE, arrays of NumPy's.
 """
@@ -12,6 +12,7 @@ import numpy as np
 
 from mixlab import agents, distributed, merge
 from mixlab.agents.parallel import parallel
+from mixlab.checkpoint import Checkpoints, read_agents
 from tests.agents import tasks
 
 
@@ -47,8 +48,18 @@ def mixed() -> dict[str, np.ndarray]:
     }
 
 
+def taken(folder: str) -> np.ndarray:
+    """[6, 2] of the agents that another run begins from, of which this one has saved four."""
+    variables = {"kernel": np.arange(8, dtype=np.float32).reshape(4, 2)}
+    with Checkpoints(f"{folder}/checkpoints") as checkpoints:
+        checkpoints.save(1, {"state": {"variables": variables}}, {})
+        checkpoints.wait()
+    found, _ = read_agents(folder, {"variables": variables}, 6)
+    return found["variables"]["kernel"]
+
+
 if __name__ == "__main__":
     distributed.initialize()
-    found = mixed()
+    found = {**mixed(), "taken": taken(f"{sys.argv[2]}_run")}
     if distributed.is_first():
         np.savez(sys.argv[2], **found)

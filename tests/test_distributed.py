@@ -4,16 +4,18 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from mixlab import agents, distributed
+from mixlab import agents, distributed, train
 from mixlab.checkpoint import read_models
-from tests import mixing, processes
+from tests import mixing, processes, run_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ("wa", "dimat")
@@ -97,6 +99,7 @@ def test_models_go_from_process_to_process(tmp_path):
     }
     for name, array in wanted.items():
         np.testing.assert_array_equal(found[name], array)
+    np.testing.assert_array_equal(found["taken"], mixing.taken(str(tmp_path / "run")))
     for name, matrix in matrices.items():
         np.testing.assert_allclose(wanted[name], matrix @ models, rtol=1e-5, atol=1e-6)
     median = np.broadcast_to(np.median(models, axis=0), models.shape)
@@ -110,6 +113,7 @@ def test_models_go_from_process_to_process(tmp_path):
         {"PROCESSES": "2", "COORDINATOR": "localhost:1"},
         {"PROCESSES": "2", "PROCESS": "2", "COORDINATOR": "localhost:1"},
         {"PROCESSES": "2", "PROCESS": "0", "COORDINATOR": "localhost"},
+        {"PROCESSES": "2", "PROCESS": "0", "COORDINATOR": "localhost:port"},
     ],
 )
 def test_an_environment_that_names_no_processes_is_told(environment, monkeypatch):
@@ -119,9 +123,50 @@ def test_an_environment_that_names_no_processes_is_told(environment, monkeypatch
         distributed.initialize()
 
 
+def test_a_port_in_use_is_told(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MIXLAB_PROCESSES", "2")
+        monkeypatch.setenv("MIXLAB_PROCESS", "0")
+        monkeypatch.setenv("MIXLAB_COORDINATOR", f"localhost:{port}")
+        with pytest.raises(OSError, match=f"cannot listen on port {port} .*give another"):
+            distributed.initialize()
+
+
+def test_no_cluster_is_told(monkeypatch):
+    def initialize(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setenv("MIXLAB_PROCESSES", "auto")
+    with pytest.raises(ValueError, match="auto, but JAX finds no cluster"):
+        distributed.initialize()
+
+
+def test_who_waits_for_others_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.1))
+    monkeypatch.setenv("MIXLAB_PROCESSES", "2")
+    monkeypatch.setenv("MIXLAB_PROCESS", "1")
+    monkeypatch.setenv("MIXLAB_COORDINATOR", "somewhere:1234")
+    distributed.initialize()
+    assert "process 1 of 2 waits at somewhere:1234" in capsys.readouterr().err
+
+
+def test_processes_of_several_configs_are_refused(tmp_path, monkeypatch):
+    first = run_config.get_config()
+    monkeypatch.setattr(distributed, "share", lambda value: {**value, "strategy": "wa"})
+    monkeypatch.setattr(distributed, "where", lambda flag: [1] if flag else [])
+    with pytest.raises(ValueError, match=r"process 1 .*:\n  strategy: 'wa' there, 'dimat' here$"):
+        train.train(first, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_process_is_the_first_and_shares_with_itself():
     distributed.initialize()
     assert not jax.distributed.is_initialized()
     assert distributed.is_first()
     assert distributed.once(lambda: 3) == 3
     assert distributed.share({"a": [1]}) == {"a": [1]}
+    assert distributed.where(True) == [0]
+    assert distributed.where(False) == []

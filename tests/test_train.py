@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 import signal
+import sys
 import types
 
 import jax
@@ -364,6 +365,23 @@ def test_the_exit_status_of_a_stopped_run_names_the_signal(number, tmp_path, mon
         raise train.Stopped("stopped, all saved", number)
     assert ended.value.code == 128 + number
     assert "stopped, all saved; run the same command again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (jax.errors.JaxRuntimeError("Gloo: timed out\nand more"), "Gloo: timed out\nA process has"),
+        (AssertionError("odd"), "AssertionError: odd"),
+    ],
+)
+def test_a_process_that_fails_leaves_at_once(error, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(cli.distributed, "leave", sys.exit)  # in truth without what JAX does then
+    with pytest.raises(SystemExit) as ended, cli._job(str(tmp_path)):
+        raise error
+    assert ended.value.code == 1
+    assert says in capsys.readouterr().err
 
 
 def test_calibration_error_is_that_of_its_definition():
