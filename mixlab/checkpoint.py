@@ -272,7 +272,8 @@ def _read_agents(path: str | Path, like: PyTree) -> PyTree:
     if names != held:
         raise ValueError(
             f"the agents of {path} do not fit (is it the same model and optimizer? cdmsgd and cga "
-            f"have momentum of their own): they lack {sorted(names - held)} and have {sorted(held - names)} besides"
+            f"have momentum of their own): they lack {sorted(names - held)} and have "
+            f"{sorted(held - names)} besides"
         )
     for name, leaf in wanted:
         if there[name].shape[1:] != leaf.shape[1:]:
