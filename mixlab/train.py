@@ -209,7 +209,7 @@ def _run(
 
         match_seconds, communicated = 0.0, False
         share: float | None = None  # of a step, what communication within it takes
-        first = pretrain if strategy.every == "step" else 0
+        first = 0 if strategy.every == "always" else pretrain
         batches = stack.enter_context(closing(experiment.feed.steps(start, total)))
         for step in range(start, total):
             if begins_round(step) and strategy.every in ("round", "step"):
@@ -230,7 +230,9 @@ def _run(
                 record(step, "merge", carry._replace(state=merged.state))
             if share is None and experiment.alone is not None and step >= first:
                 with clock("compile"):
-                    share = _share(experiment, carry, step)
+                    beyond = _share(experiment, carry, step)
+                # Where agents communicate between steps only, it is arithmetic of their own.
+                share = 0.0 if strategy.every == "round" else beyond
             with clock("local"):
                 carry = experiment.step(carry, next(batches), step)
             if share:
@@ -268,7 +270,7 @@ def _timed(fn: Callable[..., PyTree], *args: Any) -> float:
 
 
 def _share(experiment: Experiment, carry: Carry, step: int) -> float:
-    """Which fraction of a step's time its communication takes, of a few from `step` on."""
+    """Which fraction of a step's time is beyond training by oneself, of a few from `step` on."""
     assert experiment.alone is not None
     steps = experiment.step, experiment.alone
     seconds = [0.0, 0.0]

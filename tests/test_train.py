@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import pathlib
@@ -10,6 +11,7 @@ import signal
 import sys
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -456,11 +458,10 @@ def test_what_communication_takes_of_a_step_is_what_it_takes_beyond_one_without(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "epochs"), [("dpsgd", [1]), ("data_parallel", [0]), ("wa", [])]
+    ("strategy", "epochs"),
+    [("dpsgd", [1]), ("data_parallel", [0]), ("wa", []), ("fedavg", []), ("fedprox", [1])],
 )
-def test_communication_within_steps_is_timed_where_it_begins(
-    strategy, epochs, tmp_path, monkeypatch
-):
+def test_steps_of_a_strategy_are_timed_where_they_begin(strategy, epochs, tmp_path, monkeypatch):
     timed = []
     monkeypatch.setattr(train, "_share", lambda made, carry, step: timed.append(step) or 0.5)
     config = get_config()
@@ -470,5 +471,45 @@ def test_communication_within_steps_is_timed_where_it_begins(
     assert timed == [steps * epoch for epoch in epochs]
     lines = (tmp_path / "runs" / strategy / "metrics.jsonl").read_text().splitlines()
     seconds = json.loads(lines[-1])["seconds"]
-    if epochs:
+    if epochs and strategy != "fedprox":  # whose steps do not communicate
         assert 0 < seconds["merge"] <= seconds["local"] * 1.01 + 0.002
+
+
+@functools.cache
+def begun(strategy):
+    """What a strategy remembers at first, the agents before the first round, and a step later."""
+    config = get_config()
+    config.update(strategy=strategy, backend="vmap", pretrain_epochs=1, optimizer="sgd(0.1)")
+    config.update(topology="star", same_init=True, augment="identity", batch_size=256)
+    made = experiment.prepare(config)
+    carry, steps = made.init(), made.feed.steps_per_epoch
+    memory = made.parallel.get(carry.state.memory)
+    with contextlib.closing(made.feed.steps(0, steps + 1)) as batches:
+        for step in range(steps):
+            carry = made.step(carry, next(batches), step)
+        before = made.parallel.get(carry.state)
+        carry = made.step(carry, next(batches), steps)
+    return memory, before, made.parallel.get(carry.state)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "dpsgd",
+        "cga(momentum=0.0)",
+        "swarm(momentum=0.0)",
+        "sgp",
+        "gradient_tracking",
+        "choco",
+        "fedprox(mu=5.0)",
+        "fedavg(fraction=0.5)",
+    ],
+)
+def test_before_the_first_round_all_strategies_train_alike(strategy):
+    """By themselves, and what a strategy remembers is as it was: nothing was sent yet."""
+    memory, before, after = begun(strategy)
+    _, expected, later = begun("none")
+    chex.assert_trees_all_equal(before.variables, expected.variables)
+    chex.assert_trees_all_equal(before.memory, memory)
+    same = jax.tree.map(np.array_equal, after.variables, later.variables)
+    assert not all(jax.tree.leaves(same))

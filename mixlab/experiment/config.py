@@ -41,7 +41,7 @@ def default_config() -> ConfigDict:
     config.faults = "none"  # see mixlab.agents.faults
     config.start_from = config_dict.placeholder(str)  # folder of a run: its agents, cloned in turn
     # Durations. An epoch is the mean, over agents, of the steps needed to see a part once.
-    config.pretrain_epochs = 0
+    config.pretrain_epochs = 0  # by oneself, before the first round
     config.rounds = 10
     config.epochs_per_round = 1
     config.eval_batch_size = 500

@@ -32,9 +32,8 @@ class Experiment(NamedTuple):
         adopt: `adopt(carry, taken) -> carry` begins with other variables and optimizer states,
             `taken`, by name.
         step: `step(carry, held, step) -> carry`; the old carry's memory is reused. Before the
-            first round nobody mixes and nobody fails.
-        alone: as `step`, without communication; None where steps have none. It is there to be
-            timed.
+            first round nobody fails, and agents train by themselves unless they communicate always.
+        alone: as `step`, by themselves at any time; None where a strategy's steps are just that.
         communicate: `communicate(carry, round) -> carry`.
         match: `match(carry, round)` does what `communicate` does before it merges; None where
             nothing is matched. It is there to be timed.
@@ -164,8 +163,9 @@ def prepare(config: ConfigDict) -> Experiment:
 
     run_start = parallel.compile(start)
     run_adopt = parallel.compile(programs.adopt)
-    run_step = parallel.compile(programs.step, donate=True)
     run_alone = parallel.compile(programs.alone, donate=True)
+    is_own = strategy.local_step is not agents.strategies.local_step
+    run_step = parallel.compile(programs.step, donate=True) if is_own else run_alone
     run_communicate = parallel.compile(programs.communicate)
     run_match = parallel.compile(programs.match)
     run_evaluate = parallel.compile(programs.evaluate)
@@ -182,6 +182,10 @@ def prepare(config: ConfigDict) -> Experiment:
         number = (now - pretrain_steps) // round_steps if now >= pretrain_steps else -1
         known = {name: x for name, x in shared.items() if name != "images"}
         return {**known, "step": np.int32(now), "round": np.int32(number)}
+
+    def step(carry: Carry, held: PyTree, now: int) -> Carry:
+        begun = now >= pretrain_steps or strategy.every == "always"
+        return (run_step if begun else run_alone)(carry, held, in_step(now))
 
     def in_round(number: int) -> PyTree:
         time = number if strategy.every == "round" else number * round_steps  # the next step
@@ -228,12 +232,8 @@ def prepare(config: ConfigDict) -> Experiment:
         feed=feed,
         init=lambda: run_start(parallel.put(np.arange(config.agents)), {}, shared),
         adopt=lambda carry, taken: run_adopt(carry, taken, {}),
-        step=lambda carry, held, now: run_step(carry, held, in_step(now)),
-        alone=(
-            (lambda carry, held, now: run_alone(carry, held, in_step(now)))
-            if strategy.every in ("step", "always")
-            else None
-        ),
+        step=step,
+        alone=((lambda carry, held, now: run_alone(carry, held, in_step(now))) if is_own else None),
         communicate=lambda carry, number: run_communicate(carry, own_images, in_round(number)),
         match=(
             None

@@ -101,11 +101,11 @@ class Programs:
         return carry._replace(state=state)
 
     def step(self, axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
-        """A step of local training and what the strategy makes of it; `held` is of `feed`."""
+        """A step of a round, as the strategy makes it; `held` is of `feed`."""
         return self._step(axis, carry, held, shared, self.strategy.local_step)
 
     def alone(self, axis: agents.Axis, carry: Carry, held: PyTree, shared: PyTree) -> Carry:
-        """As `step`, of agents that do not communicate."""
+        """As `step`, of agents that train by themselves, as they do before the first round."""
         return self._step(axis, carry, held, shared, agents.strategies.local_step)
 
     def _step(

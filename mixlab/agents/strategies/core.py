@@ -92,7 +92,9 @@ class Strategy(NamedTuple):
             variables between rounds of local training; "step", within every local step of the
             rounds; "always", within every step from the first on.
         init: `init(axis, problem, state) -> state`, before the first step.
-        local_step: `local_step(network, problem, state, gradients) -> state`.
+        local_step: `local_step(network, problem, state, gradients) -> state`, in the rounds. What
+            comes before the first round is the same for all strategies, the `local_step` of this
+            module, but where `every` is "always".
         communicate: `communicate(network, problem, state) -> state`. Where agents mix within
             the step it gives the mixture that the next step will form, for evaluation.
         match: `match(network, problem, state)`, what `communicate` does before it merges; None

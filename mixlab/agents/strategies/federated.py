@@ -302,8 +302,7 @@ def _federated(
         if clients == topology.num_agents:
             return trained
         takes_part = network.axis.each(lambda agent, now: drawn(now)[agent])
-        trains = takes_part(network.axis.ids, server.round) | (network.time < 0)
-        return trees.where(trains, trained, state)
+        return trees.where(takes_part(network.axis.ids, server.round), trained, state)
 
     def communicate(network: Network, problem: Problem, state: AgentState) -> AgentState:
         ids, each = network.axis.ids, network.axis.each
@@ -343,7 +342,10 @@ def _federated(
             new = new._replace(opt_state=each(problem.optimizer.init)(variables["params"]))
         return trees.where(reached[ids], new, state)
 
-    return Strategy(name, topology, "round", init, local_step, communicate)
+    is_plain = not mu and clients == topology.num_agents
+    return Strategy(
+        name, topology, "round", init, core.local_step if is_plain else local_step, communicate
+    )
 
 
 def _plus(a: Array, b: Array) -> Array:

@@ -252,9 +252,8 @@ def swarm(
         draw = jax.random.randint(key, (), 0, jnp.asarray(counts)[now])
         a, b = jnp.asarray(edges)[now, draw]
         ids = network.axis.ids
-        # Before the first communication all train by themselves; a round may have no edges.
-        meets = jnp.asarray(counts)[now] > 0
-        moves = (meets & ((ids == a) | (ids == b))) | (network.time < 0)
+        meets = jnp.asarray(counts)[now] > 0  # a round may have no edges
+        moves = meets & ((ids == a) | (ids == b))
         trained = core.local_step(network, problem, state, gradients)
         state = trees.where(moves, trained, state)
 
