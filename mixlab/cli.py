@@ -64,6 +64,7 @@ usage: mixlab COMMAND ...
 
 _SWEEP = re.compile(r"--?config\.sweep\.(?P<field>\w+)=(?P<values>.*)", re.DOTALL)
 _FIELD = re.compile(r"--?config\.(?P<field>\w+)(=|$)")
+_OVERRIDE = re.compile(r"--?config\.(?P<path>[\w.]+)(=.*)?", re.DOTALL)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; made if missing.")
@@ -223,20 +224,40 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
             with config.unlocked():
                 _set_sweep(config, swept, given)
             config.lock()  # a file that could not be read says so at the first use
-    except (AttributeError, KeyError) as error:
-        if "Did you mean" not in str(error) and "not in" not in str(error):
+    except (AttributeError, KeyError):
+        told = _wrong_field(command, arguments)
+        if not told:
             raise  # of the config file itself
-        name, _, hint = str(error.args[0]).partition("Did you mean")
-        name = name.replace("\\n", " ").strip(" '\\\"\n")
-        hint = f"; did you mean{hint}".rstrip("'") if hint else ""
-        _fail(f"the config has no field {name!r}{hint}", 2)
+        _fail(told, 2)
     except (flags.Error, TypeError, ValueError) as error:
-        _fail(_brief(str(error)), 2)
+        _fail(_brief(_wrong_field(command, arguments) or str(error)), 2)
     except OSError as error:
         _fail(f"cannot read the config: {str(error).splitlines()[-1].strip()}", 2)
     if config is None or workdir is None:
         _fail(f"--config and --workdir must be given\n\n{_usage(command)}", 2)
     return config, os.path.abspath(workdir)
+
+
+def _wrong_field(command: str, arguments: Sequence[str]) -> str:
+    """Which override names no field of the config, and what the fields are; empty if none does."""
+    paths = [m["path"] for m in map(_OVERRIDE.fullmatch, arguments) if m]
+    sys.argv = [argument for argument in sys.argv if not _OVERRIDE.match(argument)]
+    try:
+        flags.FLAGS([f"mixlab {command}", *(a for a in arguments if not _OVERRIDE.match(a))])
+        config = _CONFIG.value
+    except Exception:
+        return ""  # the file itself is at fault
+    for path in paths:
+        node, names = config, path.split(".")
+        for depth, name in enumerate(names):
+            above = ".".join(names[:depth])
+            if not isinstance(node, ConfigDict):
+                return f"{above} has no fields of its own; give the whole of it: --config.{above}="
+            if name not in node:
+                field = f"{above}.{name}" if above else name
+                return f"the config has no field {field!r}; {spec.nearest(name, node)}"
+            node = node[name]
+    return ""
 
 
 def _brief(message: str) -> str:

@@ -85,6 +85,28 @@ def test_a_field_that_the_file_does_not_sweep_is_swept_from_the_command_line():
     assert "'strategy': ('dimat',)" in found
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # of the reader of config files
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ("agentz=3", "the config has no field 'agentz'; did you mean 'agents'"),
+        ("lr=0.1", "the config has no field 'lr'; known: agents, augment"),
+        ("sweep_skips=1", "the config has no field 'sweep_skips'; did you mean 'sweep_skip'"),
+        ("model.width=3", "model has no fields of its own; give the whole of it: --config.model="),
+        ("agents=two", "invalid literal for int"),
+    ],
+)
+def test_what_is_wrong_with_a_field_on_the_command_line_is_told_in_a_line(
+    field, says, monkeypatch, capsys
+):
+    given = [f"--config={CONFIG}", "--workdir=x", f"--config.{field}"]
+    monkeypatch.setattr("sys.argv", ["mixlab", "sweep", *given])
+    with pytest.raises(SystemExit) as stopped:
+        cli._parse("sweep", given)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 OWN = """
 from mixlab import augment
 from tests.sweep_config import get_config as theirs

@@ -16,7 +16,8 @@ from mixlab.types import Array, Batch, Key, Plan, PyTree
 class Augmentation:
     """Examples to examples, in two halves with a plain pytree, the plan, between them.
 
-    A dataclass rather than a tuple, since `jax.jit(aug)` takes only what can be weakly referenced.
+    `a | b` is `chain(a, b)`, as in text. A dataclass rather than a tuple, since `jax.jit(aug)`
+    takes only what can be weakly referenced.
 
     Attributes:
         sample: `(key, batch) -> plan` makes all the random decisions.
@@ -38,6 +39,14 @@ class Augmentation:
         if self.direct is not None:
             return self.direct(key, batch)
         return self.apply(self.sample(key, batch), batch)
+
+    def __or__(self, then: "Augmentation") -> "Augmentation":
+        """This one and then another; `a | b | c` is `chain(a, b, c)`."""
+        return chain(*(self.parts if isinstance(self, _Chain) else (self,)), then)
+
+
+class _Chain(Augmentation):
+    """What `chain` makes, so that `|` can go on with it."""
 
 
 def image_of(batch: Batch, *, ranks: Sequence[int] = (4,)) -> Array:
@@ -121,6 +130,18 @@ def to_dtype(x: Array, dtype: Any) -> Array:
     return x.astype(dtype)
 
 
+def unfused(product: Array) -> Array:
+    """Keeps a product apart from the addition that follows.
+
+    Fused into one instruction, the two would round once where the references round twice, and
+    an integer result just missed would be truncated to the one below. A compiled program that
+    computes a sum in several places may fuse in some of them only: of a point on the edge of two
+    pixels one place would take the pixel before, another the distance from the one after. The
+    bound is never met.
+    """
+    return jnp.minimum(product, 1e30)
+
+
 def along_batch(x: Any, like: Array) -> Array:
     """Reshapes [B] to [B, 1, 1, ...] with the rank of `like`."""
     return trees.along(jnp.asarray(x), like)
@@ -190,7 +211,7 @@ def chain(*augs: Augmentation) -> Augmentation:
             batch = aug(jax.random.fold_in(key, i), batch)
         return batch
 
-    return Augmentation(sample, apply, direct, parts=augs)
+    return _Chain(sample, apply, direct, parts=augs)
 
 
 def one_of(

@@ -103,6 +103,23 @@ def test_chain_hands_the_batch_on():
     assert augment.chain()(KEY, batch())["image"].shape == (4, 6, 5, 3)
 
 
+def test_a_bar_between_augmentations_chains_them():
+    flip, crop, mix = augment.random_flip(), augment.random_crop(3, 0), augment.mixup(1.0)
+    given = batch()
+    for aug in (flip | crop | mix, augment.chain(flip, crop) | mix):
+        found = aug(KEY, given)
+        assert len(aug.parts) == 3
+        jax.tree.map(
+            np.testing.assert_array_equal, found, augment.chain(flip, crop, mix)(KEY, given)
+        )
+    # What is chosen between stays one part.
+    assert len((augment.one_of(flip, mix) | crop).parts) == 2
+    with pytest.raises(
+        TypeError, match=r"part 1 is .*; call the constructor: mixup\(\), not mixup"
+    ):
+        flip | augment.mixup
+
+
 def test_one_of_applies_what_was_chosen():
     flip, same = augment.random_flip(1.0), augment.identity()
     image = batch()["image"]
@@ -122,7 +139,9 @@ def test_views_are_independent():
     assert (out["image"][:, 0] != out["image"][:, 1]).any()
 
 
-@pytest.mark.parametrize("aug", [augment.mixup(0), augment.cutmix(0), augment.fmix(0)])
+@pytest.mark.parametrize(
+    "aug", [augment.mixup(0), augment.cutmix(0), augment.fmix(0), augment.resizemix(alpha=0)]
+)
 def test_alpha_zero_changes_nothing(aug):
     given = batch()
     plan = aug.sample(KEY, given)

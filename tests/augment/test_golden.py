@@ -139,7 +139,8 @@ def test_resizemix():
         box = boxes.resizemix_box(tau, center, batch["image"].shape[1:3])
         out = replay(augs[mode], batch, v[f"{case}/perm"], 0.0, box=box)
         label = expected_label(v[f"{case}/y_a"], v[f"{case}/y_b"], v[f"{case}/lam_out"])
-        check(out, v[f"{case}/out"], label, image_atol=0 if mode == "nearest" else 1e-6)
+        # PyTorch rounds a place in the source once where it is rounded twice here.
+        check(out, v[f"{case}/out"], label, image_atol=0 if mode == "nearest" else 2e-6)
 
 
 def timm_plan(v, case, size, height, width):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mixlab import augment
 from mixlab.augment.policies.randaugment import randaugment_arguments
@@ -181,3 +182,19 @@ def test_randaugment_replays_its_plan(dialect):
             arguments = () if name in ("autocontrast", "equalize", "invert") else (argument,)
             expected = getattr(images, name + suffix)(expected, *arguments, **settings)
         np.testing.assert_array_equal(found[i], expected, err_msg=str(steps))
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(31, 31), (17, 23), (32, 32)])
+def test_compiled_rotations_equal_pillow_where_points_fall_on_the_edges_of_pixels(
+    size, interpolation
+):
+    """As many do after a rotation about the centre of an odd image; one image and a batch."""
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    turned = jax.jit(lambda x, d: augment.ops.rotate(x, d, interpolation=interpolation))
+    resample = getattr(Image.Resampling, interpolation.upper())
+    for degrees in (3.0, 15.0, 30.0, 45.0, 60.0, 120.0, 135.0):
+        expected = np.asarray(Image.fromarray(image).rotate(degrees, resample)).astype(int)
+        for found in (turned(image, degrees), turned(np.stack([image, image]), degrees)[1]):
+            off = np.abs(np.asarray(found, int) - expected)
+            assert off.max() <= (interpolation != "nearest"), f"{degrees} degrees"

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mixlab import random
-from mixlab.augment.core import Augmentation, to_dtype, working_dtype
+from mixlab.augment.core import Augmentation, to_dtype, unfused, working_dtype
 from mixlab.augment.mixing.frame import (
     Mixed,
     beta,
@@ -289,7 +289,8 @@ def resizemix(
     Args:
         scope: smallest and largest tau.
         alpha: draw tau from Beta(alpha, alpha), and uniformly in `scope` if it falls outside
-            (OpenMixup's configs use 1); None draws it uniformly in `scope`.
+            (OpenMixup's configs use 1); None draws it uniformly in `scope`, and 0 leaves the batch
+            unchanged.
         interpolation: `"nearest"`, or `"bilinear"` with half-pixel centres and no antialiasing.
         per_batch: one box for the whole batch instead of one an example.
         prob: probability that an example (the batch, if `per_batch`) is mixed.
@@ -318,6 +319,9 @@ def resizemix(
 
     def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
         del key
+        if alpha == 0.0:
+            count = u.shape[1]
+            return {"box": jnp.zeros((count, 4), jnp.int32), "lam": jnp.ones(count, jnp.float32)}
         size = (shape[1], shape[2])
         tau = scope[0] + (scope[1] - scope[0]) * u[2]
         if alpha is not None:
@@ -421,7 +425,7 @@ def _resize_into(x: Array, start: Array, stop: Array, axis: int, bilinear: bool)
     # The centre of the pixel, in pixel centres of the source; in this order as PyTorch rounds.
     dtype = working_dtype(x.dtype)
     scale = jnp.asarray(length, dtype) / span.astype(dtype)
-    source = jnp.maximum(scale * (position.astype(dtype) + 0.5) - 0.5, 0.0)
+    source = jnp.maximum(unfused(scale * (position.astype(dtype) + 0.5)) - 0.5, 0.0)
     low = jnp.floor(source)
     t = (source - low).reshape([n if i in (0, axis) else 1 for i, n in enumerate(x.shape)])
     low = low.astype(jnp.int32)

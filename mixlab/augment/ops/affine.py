@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from mixlab.augment.core import unfused
 from mixlab.augment.ops.geometric import Fill, Matrix, warp
 from mixlab.augment.ops.photometric import image_op
 from mixlab.types import Array, ArrayLike
@@ -44,7 +45,9 @@ def affine_matrix(
     y, x = (n / 2.0 for n in size)
     right, down = (jnp.asarray(v, dtype) for v in translate)
     right, down = right + x, down + y
-    return (a, b, x - a * right - b * down), (c, d, y - c * right - d * down)
+    across = x - unfused(a * right) - unfused(b * down)
+    below = y - unfused(c * right) - unfused(d * down)
+    return (a, b, across), (c, d, below)
 
 
 @image_op

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.core import to_dtype
+from mixlab.augment.core import to_dtype, unfused
 from mixlab.augment.ops.dispatch import each, on_cpu
 from mixlab.augment.ops.photometric import image_op
 from mixlab.spec import nearest
@@ -91,8 +91,8 @@ def warp(
     height, width = image.shape[:2]
     column = jnp.arange(width, dtype=a.dtype) + 0.5
     row = jnp.arange(height, dtype=a.dtype)[:, None] + 0.5
-    x = a * column + b * row + c
-    y = d * column + e * row + f
+    x = unfused(a * column) + unfused(b * row) + c
+    y = unfused(d * column) + unfused(e * row) + f
     if interpolation == "nearest":
         if dialect == "pil":
             x, y = _fixed_point(a, b, c, image), _fixed_point(d, e, f, image)
@@ -238,11 +238,7 @@ def rotate(
     Raises:
         ValueError: unknown interpolation or dialect, or a fill that does not fit the channels.
     """
-    radians = jnp.asarray(degrees, jnp.result_type(float)) * (np.pi / 180.0)
-    cos, sin = snapped(jnp.cos(radians)), snapped(jnp.sin(radians))
-    y, x = (n / 2.0 for n in image.shape[:2])
-    matrix = ((cos, -sin, x - x * cos + y * sin), (sin, cos, y - x * sin - y * cos))
-    return warp(image, matrix, interpolation, fill, dialect)
+    return warp(image, rotation(degrees, image.shape[:2]), interpolation, fill, dialect)
 
 
 @image_op
@@ -336,7 +332,17 @@ def translate_y(
     return warp(image, matrix, interpolation, fill, dialect, rows_shift=True)
 
 
-def snapped(x: Array) -> Array:
+def rotation(degrees: ArrayLike, size: Sequence[int]) -> tuple[Row, Row]:
+    """The map of `rotate` for an image of a height and width, see `Matrix`; angles [...]."""
+    radians = jnp.asarray(degrees, jnp.result_type(float)) * (np.pi / 180.0)
+    cos, sin = _snapped(jnp.cos(radians)), _snapped(jnp.sin(radians))
+    y, x = (n / 2.0 for n in size)
+    across = x - unfused(x * cos) + unfused(y * sin)
+    down = y - unfused(x * sin) - unfused(y * cos)
+    return (cos, -sin, across), (sin, cos, down)
+
+
+def _snapped(x: Array) -> Array:
     """Snaps to the nearest integer what rounding has moved off it: quarter turns are then exact."""
     return jnp.where(jnp.abs(x - jnp.round(x)) < 2e-7, jnp.round(x), x)
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from mixlab.augment.core import to_dtype
+from mixlab.augment.core import to_dtype, unfused
 from mixlab.augment.ops.geometric import Fill, fill_color
 from mixlab.types import Array
 
@@ -20,7 +20,7 @@ def affine(image: Array, matrix: Array, fill: Fill) -> Array:
     height, width, channels = image.shape
     column = jnp.arange(width, dtype=matrix.dtype) + 0.5
     row = jnp.arange(height, dtype=matrix.dtype)[:, None] + 0.5
-    x, y = (a * column + b * row + c - 0.5 for a, b, c in matrix)
+    x, y = (unfused(a * column) + unfused(b * row) + c - 0.5 for a, b, c in matrix)
     x, y = (jnp.trunc(v + jnp.copysign(jnp.asarray(0.5, v.dtype), v)) for v in (x, y))
     within = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     x, y = jnp.clip(x, 0, width - 1), jnp.clip(y, 0, height - 1)

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.core import check_image, to_dtype, working_dtype
+from mixlab.augment.core import check_image, to_dtype, unfused, working_dtype
 from mixlab.augment.ops.dispatch import each
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike
@@ -34,15 +34,6 @@ def image_op(fn: Callable[Concatenate[Array, P], Array]) -> Callable[Concatenate
     return op
 
 
-def _unrounded(product: Array) -> Array:
-    """Keeps a product apart from the addition that follows.
-
-    Fused into one instruction, the two would round once where the references round twice, and
-    an integer result just missed would be truncated to the one below. The bound is never met.
-    """
-    return jnp.minimum(product, 1e30)
-
-
 def _levels(image: Array) -> Array:
     """The image on the scale 0..255, in the working dtype."""
     x = image.astype(working_dtype(image.dtype))
@@ -58,7 +49,7 @@ def _blend(degenerate: Array, image: Array, factor: ArrayLike) -> Array:
         factor: scalar.
     """
     x = image.astype(degenerate.dtype)
-    mixed = degenerate + _unrounded(jnp.asarray(factor, x.dtype) * (x - degenerate))
+    mixed = degenerate + unfused(jnp.asarray(factor, x.dtype) * (x - degenerate))
     if image.dtype == jnp.uint8:
         return jnp.clip(mixed, 0.0, 255.0).astype(jnp.uint8)
     return jnp.clip(mixed, 0.0, 1.0).astype(image.dtype)

@@ -18,7 +18,7 @@ from mixlab.augment import ops
 from mixlab.augment.ops import google
 from mixlab.augment.ops.blur import gaussian_blur
 from mixlab.augment.ops.dispatch import run_each
-from mixlab.augment.ops.geometric import Fill, check_sampling, snapped, warp
+from mixlab.augment.ops.geometric import Fill, check_sampling, rotation, warp
 from mixlab.types import Array, ArrayLike, Key, Plan
 
 Part = Callable[[float], Array]
@@ -222,10 +222,8 @@ def _matrix(name: str, argument: Array, size: tuple[int, int], dialect: str) -> 
     shift = -0.5 * argument if dialect == "google" else zero
     pixels = -jnp.trunc(argument) if dialect == "torchvision" else argument
     if name == "rotate":
-        radians = argument * (np.pi / 180.0)
-        cos, sin = snapped(jnp.cos(radians)), snapped(jnp.sin(radians))
-        y, x = (n / 2.0 for n in size)
-        entries = (cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos)
+        first, second = rotation(argument, size)
+        entries = (*first, *second)
     else:
         entries = {
             "shear_x": (one, argument, shift, zero, one, zero),
