@@ -1,4 +1,4 @@
-"""Random numbers in bulk: Threefry written out.
+"""Keys, and random numbers in bulk: Threefry written out.
 
 On CPUs JAX compiles its generator as a loop whose every round goes through memory. Without the
 loop a compiler keeps the rounds in registers: the same numbers, to the bit, several times faster,
@@ -7,6 +7,7 @@ and compiled sooner.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,14 @@ from mixlab.types import Array, ArrayLike, Key
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _CHUNK = 2**18
 _LANES = 4
+
+
+def check_key(key: Any) -> None:
+    """Raises a `TypeError` unless `key` is a PRNG key, typed or of the old kind (uint32)."""
+    dtype = getattr(key, "dtype", None)
+    old = dtype == jnp.uint32 and jnp.ndim(key) > 0
+    if not old and (dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key is a PRNG key such as jax.random.key(0), got {key!r}")
 
 
 def bits(key: Key, shape: tuple[int, ...]) -> Array:

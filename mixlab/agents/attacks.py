@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import spec, trees
+from mixlab.merge.core import check_number
+from mixlab.random import check_key
 from mixlab.types import Array, Batch, Key, PyTree
 
 _FLOW_STEPS = 32
@@ -42,7 +44,11 @@ class Attack:
 
         Returns:
             messages: the rows of the others are untouched.
+
+        Raises:
+            TypeError: the key is none.
         """
+        check_key(key)
 
         def replace(name: str, leaf: Array) -> Array:
             if not trees.is_inexact(leaf):
@@ -77,8 +83,13 @@ def random(scale: float = 200.0) -> Attack:
     Args:
         scale: its standard deviation.
 
+    Raises:
+        TypeError: `scale` is no number.
+        ValueError: it is not finite.
+
     Source: Blanchard et al. 2017, "Machine Learning with Adversaries", section 5.
     """
+    check_number(scale, "scale")
     return Attack("random", lambda key, x, _: scale * jax.random.normal(key, x.shape, x.dtype))
 
 
@@ -91,16 +102,27 @@ def uniform() -> Attack:
 
 
 def scaled(factor: float) -> Attack:
-    """Sends one's own message, multiplied by `factor`."""
+    """Sends one's own message, multiplied by `factor`.
+
+    Raises:
+        TypeError: `factor` is no number.
+        ValueError: it is not finite.
+    """
+    check_number(factor, "factor")
     return Attack("scaled", lambda key, x, _: factor * x)
 
 
 def reversed(scale: float = 10.0) -> Attack:
     """Sends one's own message in the other direction, multiplied by `scale`.
 
+    Raises:
+        TypeError: `scale` is no number.
+        ValueError: it is not finite.
+
     Source: Guerraoui et al. 2021, "Garfield: System Support for Byzantine Machine Learning",
     section 6 (reversed vectors); the factor is that of the authors' code.
     """
+    check_number(scale, "scale")
     return Attack("reversed", lambda key, x, _: -scale * x)
 
 
@@ -120,17 +142,27 @@ def ipm(tau: float = 2.0) -> Attack:
         tau: with a small one, about 0.1, the message hides among the honest ones, while the inner
             product of the true mean and a careless aggregate may still become negative.
 
+    Raises:
+        TypeError: `tau` is no number.
+        ValueError: it is not finite.
+
     Source: Xie et al. 2019, "Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product
     Manipulation", section 4.
     """
+    check_number(tau, "tau")
     return Attack("ipm", lambda key, x, byzantine: -tau * _mean(x, byzantine))
 
 
 def empire(scale: float = 0.1) -> Attack:
     """`ipm` with the small factor that hides best, under the name it has in Garfield.
 
+    Raises:
+        TypeError: `scale` is no number.
+        ValueError: it is not finite.
+
     Source: as for `ipm`.
     """
+    check_number(scale, "scale")
     return Attack("empire", ipm(scale).leaf)
 
 
@@ -142,9 +174,15 @@ def alie(tau: float | None = None) -> Attack:
             agents of which f are Byzantine, the quantile of the normal distribution at
             `(A - f - s) / (A - f)` with `s = floor(A / 2 + 1) - f`. ByzFL takes 1.5.
 
+    Raises:
+        TypeError: `tau` is no number.
+        ValueError: it is not finite.
+
     Source: Baruch et al. 2019, "A Little Is Enough: Circumventing Defenses For Distributed
     Learning", algorithm 3.
     """
+    if tau is not None:
+        check_number(tau, "tau")
 
     def leaf(key: Key, x: Array, byzantine: Array) -> Array:
         mean, honest = _mean(x, byzantine), jnp.sum(~byzantine)
@@ -173,11 +211,13 @@ def mimic(target: int = 0) -> Attack:
         target: which of the honest agents, counted from 0; the last if there are not so many.
 
     Raises:
-        ValueError: a negative target.
+        TypeError: `target` is no number.
+        ValueError: it is negative.
 
     Source: Karimireddy et al. 2022, "Byzantine-Robust Learning on Heterogeneous Datasets via
     Bucketing", section 4.2; the target is fixed, as in ByzFL.
     """
+    check_number(target, "target")
     if target < 0:
         raise ValueError(f"target counts the honest agents from 0, got {target}")
 
@@ -220,11 +260,13 @@ def augmentation_noise(time: float = 0.01) -> DataAttack:
             corners of 32 x 32 images by about 3 pixels.
 
     Raises:
-        ValueError: the time is not above 0.
+        TypeError: the time is no number.
+        ValueError: it is not above 0, or not finite.
 
     Source: Almasi et al. 2024, "Flag Aggregator", experiments with augmented workers; constants and
     times of 0.001 to 0.01 are those of the authors' code.
     """
+    check_number(time, "time")
     if not time > 0:
         raise ValueError(f"time must be above 0, got {time}")
 

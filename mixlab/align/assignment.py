@@ -49,6 +49,8 @@ def assignment(scores: ArrayLike, *, backend: str | None = None, maximize: bool 
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if scores.dtype != jnp.float64:
         scores = scores.astype(jnp.float32)
+    if not scores.size:
+        return jnp.zeros(scores.shape[:-1], jnp.int32)
     concrete = is_concrete(scores)
     if backend == "scipy":
         if concrete:

@@ -14,6 +14,7 @@ from mixlab.align.assignment import assignment, is_concrete
 from mixlab.align.inference.layout import Layout
 from mixlab.align.soft import apply_to_tree, arguments, parameter_names, point_between
 from mixlab.align.symmetry import Permutations, Symmetry
+from mixlab.random import check_key
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, Key, PyTree
 
@@ -168,11 +169,13 @@ def sinkhorn_matching(
         ValueError: trees that do not match the symmetry or each other, `loss` without batches or
             batches without it, an unknown `point`, fewer than one step or iteration, a
             temperature that is not positive, or an objective that is not finite.
+        TypeError: the key is none.
 
     Source: Peña et al. (CVPR 2023), "Re-basin via implicit Sinkhorn differentiation".
     """
     if point not in POINTS:
         raise ValueError(f"unknown point {point!r}; {nearest(point, POINTS)}")
+    check_key(key)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     _check(temperature, num_iters)

@@ -12,6 +12,7 @@ from mixlab import trees
 from mixlab.align.soft import arguments, parameter_names, point_between
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.align.weights import weight_matching
+from mixlab.random import check_key
 from mixlab.types import Array, Key, PyTree
 
 
@@ -60,9 +61,11 @@ def straight_through(
     Raises:
         ValueError: trees that do not match the symmetry or each other, no batches, or a loss that
             is not finite.
+        TypeError: the key is none.
 
     Source: Ainsworth et al. 2023 ("Git Re-Basin"), section 3.3.
     """
+    check_key(key)
     parameters = parameter_names(symmetry, reference, other)
     leaves = {
         name: jnp.asarray(leaf)

@@ -40,6 +40,7 @@ from mixlab.align.inference.layout import (
 )
 from mixlab.align.inference.program import Program, trace
 from mixlab.align.wreath import Member, families
+from mixlab.random import check_key
 from mixlab.spec import nearest
 from mixlab.types import Array, Key, PyTree
 
@@ -162,7 +163,12 @@ class Symmetry:
         return {name: jnp.asarray(p) for name, p in self._host_identity().items()}
 
     def random(self, key: Key) -> Permutations:
-        """Draws a uniformly random permutation for every group, and all that it varies over."""
+        """Draws a uniformly random permutation for every group, and all that it varies over.
+
+        Raises:
+            TypeError: the key is none.
+        """
+        check_key(key)
         return {
             name: jax.random.permutation(
                 trees.name_key(key, name), jnp.asarray(p), axis=-1, independent=p.ndim > 1
@@ -222,8 +228,8 @@ class Symmetry:
         """Renumbers the units: `permuted[j] = original[p[j]]` along every axis of a group.
 
         Args:
-            permutations: an integer array [n] or `shape(group)` for each group, possibly traced; a
-                group that is absent keeps its order.
+            permutations: an integer array [n] or `shape(group)` for each group, possibly traced,
+                or a list; a group that is absent keeps its order.
             tree: the variables, their `"params"` alone, or any tree that holds copies of them
                 under the same names: gradients, moving averages, optimizer states (the moments
                 follow their weights), a whole train state. Arrays with at most one element and
@@ -235,8 +241,8 @@ class Symmetry:
         Raises:
             KeyError: `permutations` names an unknown group.
             ValueError: a permutation has the wrong shape, or a leaf of `tree` mirrors no leaf of
-                the variables; a NumPy array is no permutation. Of an array on a device this is not
-                checked, which would wait for the device: units may then be lost unseen.
+                the variables; a NumPy array or list is no permutation. Of an array on a device
+                this is not checked, which would wait for the device: units may then be lost unseen.
         """
         full = self.checked(permutations)
         moving: dict[str, Any] = {}
@@ -304,7 +310,9 @@ class Symmetry:
         Raises:
             ValueError: an output changed; the message names the groups and leaves at fault. Or
                 the symmetry has no function, or the function gives NaN.
+            TypeError: the key is none.
         """
+        check_key(key)
         if self.fn is None:
             raise ValueError(
                 "a symmetry without a function cannot be checked: give one to from_axes"
@@ -442,8 +450,11 @@ class Symmetry:
 
         Raises:
             KeyError: an unknown group.
-            ValueError: a wrong shape or dtype, or, in a NumPy array, no permutation.
+            ValueError: a wrong shape or dtype, or, in a NumPy array or list, no permutation.
         """
+        permutations = {
+            name: p if hasattr(p, "dtype") else np.asarray(p) for name, p in permutations.items()
+        }
         for name, p in permutations.items():
             if name not in self.groups:
                 raise KeyError(f"no group {name!r}; {nearest(name, self.groups)}")
@@ -519,6 +530,7 @@ def infer_symmetry(
     Raises:
         ValueError: nothing that the function returns depends on the variables; or the check found
             a permutation that changes the output, which is a defect of the inference.
+        TypeError: `fn` is no function, or the key is none.
     """
     inference = infer(fn, variables, inputs)
     names = group_names(inference, variables)

@@ -19,6 +19,7 @@ from mixlab.align.activations import STATISTICS, activation_statistics, match_mo
 from mixlab.align.assignment import assignment
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.align.weights import weight_matching
+from mixlab.random import check_key
 from mixlab.spec import nearest
 from mixlab.types import Array, Key, PyTree
 
@@ -187,11 +188,14 @@ def weight_universe(
         ValueError: fewer than two models, models that do not match the symmetry or each other,
             or values that are not finite.
         KeyError: `leaves` names something unknown.
+        TypeError: the key is none.
 
     Source: MergeMany of Git Re-Basin (Ainsworth et al. 2023, algorithm 3), from another start.
     """
     if len(models) < 2:
         raise ValueError(f"need a list of at least two models, got {len(models)}")
+    if key is not None:
+        check_key(key)
     found = [symmetry.identity() for _ in models]
     aligned = list(models)
 

@@ -14,6 +14,7 @@ from mixlab.align.assignment import assignment, is_concrete
 from mixlab.align.inference.layout import Atom, Prod, Sum, atoms, label, paths, take, walk
 from mixlab.align.symmetry import Permutations, Symmetry
 from mixlab.align.wreath import match_family
+from mixlab.random import check_key
 from mixlab.spec import nearest
 from mixlab.types import Array, Key, PyTree
 
@@ -68,11 +69,14 @@ def weight_matching(
         ValueError: trees that do not match the symmetry or each other, values that are not
             finite (if they can be looked at), both `key` and `order`, or restarts below 1 or
             without a key.
+        TypeError: the key is none.
         KeyError: `leaves`, `order` or `init` names something unknown.
 
     Source: Ainsworth et al. 2023 ("Git Re-Basin"), section 3.2 and algorithm 1, generalised to
     groups that occur as factors or segments of an axis, on several axes of one leaf, or vary.
     """
+    if key is not None:
+        check_key(key)
     if key is not None and order is not None:
         raise ValueError("give either key, to draw the visiting order, or order, to replay one")
     if restarts is not None and (restarts < 1 or key is None):

@@ -65,7 +65,7 @@ def extract_lora(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    core.check_finite(sv_epsilon, "sv_epsilon", low=0.0)
+    core.check_number(sv_epsilon, "sv_epsilon", low=0.0)
     core.check_choice(rest, "rest", ("keep", "drop"))
     is_excluded = patterns.any_of(exclude)
     opened = core.open_models([model], base)
@@ -101,7 +101,7 @@ def apply_lora(base: PyTree, adapter: Adapter, scale: ArrayLike = 1.0) -> PyTree
         ValueError: the adapter names a leaf that is no floating leaf of the base, or whose shape
             differs; scale is not finite.
     """
-    core.check_finite(scale, "scale")
+    core.check_number(scale, "scale")
     opened = core.open_models([base])
     strange = sorted(adapter.keys() - opened.leaves.specs.keys())
     if strange:

@@ -61,7 +61,7 @@ def interpolate(t: patterns.PerLeaf) -> core.MergeMethod:
     Source: Zheng et al. 2024, "Weak-to-Strong Extrapolation Expedites Alignment" (ExPO).
     """
     for given in patterns.values(t):
-        core.check_finite(given, "t")
+        core.check_number(given, "t")
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         leaves = core.open_models(models, base).leaves
@@ -232,7 +232,7 @@ def running_average(
 
 
 def _check_decay(decay: ArrayLike) -> None:
-    core.check_finite(decay, "decay", 0.0, 1.0)
+    core.check_number(decay, "decay", 0.0, 1.0)
     if not isinstance(decay, jax.core.Tracer) and decay == 1:
         raise ValueError("decay must be below 1, got 1: the average would stay what it was")
 

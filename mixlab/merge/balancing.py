@@ -1,11 +1,14 @@
-"""PCB: task vectors weighed entry by entry, by how they compete."""
+"""PCB: task vectors weighed entry by entry, by how they compete.
+
+A ratio that is traced is counted in float32, see `stages.py`.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from mixlab.merge import chains, core, selection, stages
+from mixlab.merge import chains, core, patterns, selection, stages
 from mixlab.types import Array, ArrayLike, Key, Plan
 
 _CLAMP = {"paper": 1e-4, "vision": 1e-2}
@@ -15,7 +18,7 @@ def pcb(
     ratio: ArrayLike = 0.1,
     scale: ArrayLike = 1.0,
     *,
-    weights: ArrayLike | None = None,
+    weights: patterns.PerLeaf | None = None,
     variant: str = "paper",
 ) -> core.MergeMethod:
     """PCB: the entries that win the competition within and between the tasks, averaged.
@@ -28,7 +31,7 @@ def pcb(
         ratio: fraction of each task vector that keeps a score, in (0, 1]; may be traced.
         scale: lambda, a number; may be traced.
         weights: `[M]`, a lambda for each task beside `scale`; the authors search them on
-            held-out data between 0.8 and 1.3. Default: ones.
+            held-out data between 0.8 and 1.3. Default: ones. By pattern too, as in `average`.
         variant: as in `balance`.
 
     Raises:
@@ -37,7 +40,7 @@ def pcb(
 
     Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging".
     """
-    core.check_finite(scale, "scale")
+    core.check_number(scale, "scale")
     return chains.chain(
         balance(ratio, variant=variant),
         stages.weigh(weights),
@@ -69,7 +72,7 @@ def balance(ratio: ArrayLike, *, variant: str = "paper") -> chains.Stage:
     authors' code.
     """
     core.check_choice(variant, "variant", tuple(_CLAMP))
-    core.check_finite(ratio, "ratio", 0.0, 1.0)
+    core.check_number(ratio, "ratio", 0.0, 1.0)
     if not isinstance(ratio, jax.core.Tracer) and ratio == 0:
         raise ValueError("ratio is the fraction that keeps a score and must be above 0, got 0")
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab import trees
+from mixlab import random, trees
 from mixlab.merge import core, masks, twin
 from mixlab.types import Array, ArrayLike, Key, PyTree
 
@@ -111,15 +111,18 @@ def compress(
         bit where both run eagerly.
 
     Raises:
-        TypeError: the method has no compressed form.
+        TypeError: the method has no compressed form, or the key is none.
         ValueError: the models or the base do not match.
     """
+    if key is not None:
+        random.check_key(key)
     if isinstance(method, twin.TwinMethod):
         return method.parts(models, base, key)
     if not isinstance(method, masks.MaskMethod) or method.one_model:
+        got = "one that makes one model" if isinstance(method, core.MergeMethod) else repr(method)
         raise TypeError(
             "compress takes a method that keeps something of every model: tall_masks, emr or "
-            f"twin; got {method}"
+            f"twin; got {got}"
         )
     split = method.split(method.measure(models, base), models, base)
     vector, bits = {}, {}

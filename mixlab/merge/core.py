@@ -14,15 +14,16 @@ leaves out has no part in it.
 
 import dataclasses
 import functools
+import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab import trees
+from mixlab import random, trees
 from mixlab.merge import rules
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
@@ -68,8 +69,9 @@ class MergeMethod:
         """Merges.
 
         Args:
-            models: a list (or plain tuple) of M pytrees of one structure, or one pytree, of any
-                other outermost container, whose leaves are stacked along a leading axis M.
+            models: a list (or plain tuple, or iterator) of M pytrees of one structure, or one
+                pytree, of any other outermost container, whose leaves are stacked along a leading
+                axis M.
             base: the model that the others were fine-tuned from, where the method needs one. Its
                 integer, bool and None leaves are the ones that the merged model gets; without a
                 base they come from the first model.
@@ -86,8 +88,14 @@ class MergeMethod:
 
         Raises:
             ValueError: the models or the base do not match; the message names the leaf.
-            TypeError: an input that the method does not take.
+            TypeError: an input that the method does not take, or a key that is none.
         """
+        if inputs:
+            self._check_inputs(inputs)
+        if key is not None:
+            random.check_key(key)
+        if isinstance(models, Iterator):
+            models = list(models)
         given = rules.reconcile(models, base, on_mismatch)
         plan = self.measure(given.models, given.base, key, **inputs)
         merged = self.combine(plan, given.models, given.base)
@@ -102,6 +110,18 @@ class MergeMethod:
             merged=merged,
             notes=given.notes,
         )
+
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        parameters = inspect.signature(self.measure).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return
+        taken = [p.name for p in parameters][3:]  # after models, base and key
+        for name in inputs.keys() - taken:
+            more = " and ".join(f"{other}=" for other in taken) or "nothing else"
+            raise TypeError(
+                f"the method takes no {name}=; with models, base=, key=, on_mismatch= and report= "
+                f"it takes {more}"
+            )
 
 
 class LeafSpec(NamedTuple):
@@ -356,15 +376,31 @@ def check_finite(value: ArrayLike, name: str, low: float = -np.inf, high: float 
     """Raises a `ValueError` unless every number of `value` is finite and in `[low, high]`.
 
     Traced values pass: they have no value to check.
+
+    Raises:
+        TypeError: there is something else than numbers.
     """
     if is_traced(value):
         return
+    try:
+        kind = np.asarray(value).dtype.kind
+    except ValueError:  # rows of different lengths
+        kind = "O"
+    if kind in "OSU":  # what is no number, and texts
+        raise TypeError(f"{name} must be numbers, got {value!r}")
     numbers = np.asarray(value, np.float64)
     if not np.all(np.isfinite(numbers)) or np.any(numbers < low) or np.any(numbers > high):
         bounds = (
             "be finite" if np.isinf(high) and np.isinf(low) else f"lie between {low} and {high}"
         )
         raise ValueError(f"{name} must {bounds}, got {value}")
+
+
+def check_number(value: ArrayLike, name: str, low: float = -np.inf, high: float = np.inf) -> None:
+    """As `check_finite`, of a number alone; a `TypeError` for anything else."""
+    if isinstance(value, Sequence | Mapping | None) or np.ndim(value):
+        raise TypeError(f"{name} must be one number, got {value!r}")
+    check_finite(value, name, low, high)
 
 
 def check_choice(value: str, name: str, known: tuple[str, ...]) -> None:
@@ -388,6 +424,31 @@ def per_model(weights: ArrayLike | None, num_models: int) -> Array:
             f"got shape {array.shape}"
         )
     return array
+
+
+def check_entries(
+    given: Leaves, names: Iterable[str], fine: Callable[[Array], Array], what: str, must: str
+) -> None:
+    """Raises a `ValueError` that names leaf and model unless all concrete entries are `fine`.
+
+    Args:
+        given: what there is for each model, `[M, ...]`.
+        names: of the leaves that are looked at.
+        fine: `[M, ...]` to bools of that shape.
+        what: what a model's leaf is called in the message.
+        must: what it has to be.
+    """
+    for name in names:
+        entries = given.read(name)
+        if is_traced(entries):
+            return
+        found = fine(entries)
+        if not bool(jnp.all(found)):
+            model, *place = np.argwhere(~np.asarray(found))[0].tolist()
+            raise ValueError(
+                f"{what} of leaf {name!r} of model {model} must {must}, got "
+                f"{entries[(model, *place)]} at {place}; compute it again, or leave out the model"
+            )
 
 
 def check_weights(weights: Any, *, signed: bool) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab import trees
+from mixlab import random, trees
 from mixlab.merge import core
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
@@ -26,7 +26,8 @@ def fisher(
     `fishers=`: a list of trees like the models, or one stacked tree, of diagonal Fishers, e.g.
     from `diagonal_fisher`. The plan holds the coefficients `c [M]` and the Fishers as they were
     given, so it takes no memory of its own. Where all Fishers are zero and the floor is too, an
-    entry is the plain weighted mean.
+    entry is the plain weighted mean. Where one is negative or not finite, which no Fisher is, it
+    is an error; under `jit`, where values are not known, such an entry is NaN.
 
     Args:
         weights: `[M]`, not negative, not all zero; only their ratios matter. Default: equal.
@@ -38,15 +39,15 @@ def fisher(
             (FusionBench).
 
     Raises:
-        ValueError: an argument is out of range, the Fishers are missing or do not match the
-            models, or `normalize` meets a Fisher that is zero everywhere.
+        ValueError: an argument is out of range, the Fishers are missing, do not match the models
+            or are negative or not finite, or `normalize` meets one that is zero everywhere.
         TypeError: a leaf is complex.
 
     Source: Matena and Raffel 2022, "Merging Models with Fisher-Weighted Averaging", section 3;
     floor and normalisation are those of the authors' code.
     """
     core.check_weights(weights, signed=False)
-    core.check_finite(floor, "floor", 0.0)
+    core.check_number(floor, "floor", 0.0)
     core.check_choice(floor_mode, "floor_mode", ("max", "first", "add"))
 
     def measure(
@@ -60,6 +61,9 @@ def fisher(
         if fishers is None:
             raise ValueError("fisher needs the models' diagonal Fishers; give them as fishers=")
         given = _open_fishers(fishers, leaves)
+        core.check_entries(
+            given, leaves.specs, _is_square, "the Fisher", "be finite and at least 0"
+        )
         coefficients = core.per_model(weights, leaves.num_models)
         if normalize:
 
@@ -71,12 +75,12 @@ def fisher(
             if not isinstance(norms, jax.core.Tracer) and not jnp.all(norms > 0):
                 zero = [i for i, norm in enumerate(norms.tolist()) if not norm > 0]
                 raise ValueError(
-                    f"the Fishers of models {zero} are zero everywhere or not finite and cannot "
-                    "be normalized; measure them again or leave out the models"
+                    f"the Fishers of models {zero} are zero everywhere and cannot be normalized; "
+                    "measure them again or leave out the models"
                 )
             if floor_mode == "add":
                 norms = norms + 1e-6
-            coefficients = coefficients / jnp.where(norms > 0, norms, 1)
+            coefficients = coefficients / jnp.where(norms == 0, 1, norms)
         return {"coefficients": coefficients, "fishers": fishers}
 
     def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
@@ -96,10 +100,11 @@ def fisher(
             plain, above, below = jnp.zeros((3, *stacked.shape[1:]), stacked.dtype)
             for m in range(opened.leaves.num_models):
                 coefficient = coefficients[m].astype(stacked.dtype)
-                share = coefficient * raised(m, information[m])
+                known = jnp.where(_is_square(information[m]), information[m], jnp.nan)
+                share = coefficient * raised(m, known)
                 plain = plain + coefficient * stacked[m]
                 above, below = above + share * stacked[m], below + share
-            return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), plain)
+            return jnp.where(below == 0, plain, above / jnp.where(below == 0, 1, below))
 
         return opened.write(opened.leaves.map(merge).read)
 
@@ -142,7 +147,7 @@ def diagonal_fisher(
 
     Raises:
         ValueError: an unknown mode, no key to sample with, labels that are not `[N]`, no inputs.
-        TypeError: labels that are not integers, a complex leaf.
+        TypeError: labels that are not integers or missing, a complex leaf, a key that is none.
 
     Source: Matena and Raffel 2022, "Merging Models with Fisher-Weighted Averaging", section 3.1;
     Kunstner et al. 2019, "Limitations of the empirical Fisher", on the third mode.
@@ -150,9 +155,11 @@ def diagonal_fisher(
     if not isinstance(labels, str):
         inputs, labels = (inputs, labels), "empirical"
     core.check_choice(labels, "labels", ("exact", "sampled", "empirical"))
-    core.check_finite(at_once, "at_once", 1)
+    core.check_number(at_once, "at_once", 1)
     if labels == "sampled" and key is None:
         raise ValueError('labels="sampled" draws a class for each input: give a key=')
+    if key is not None:
+        random.check_key(key)
     total = {}
     for name, leaf in trees.named_leaves(params):
         if trees.is_inexact(leaf):
@@ -160,6 +167,11 @@ def diagonal_fisher(
             total[name] = jnp.zeros(jnp.shape(leaf), trees.wide(jnp.result_type(leaf)))
     num_seen = 0
     for batch in inputs if isinstance(inputs, Iterator) else (inputs,):
+        if labels == "empirical" and not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise TypeError(
+                'labels="empirical" takes pairs (inputs, labels [N]), got a '
+                f"{type(batch).__name__} without labels; give them with the inputs, or as labels="
+            )
         x, given = batch if labels == "empirical" else (batch, None)
         num_inputs = trees.leading_size(x)
         if num_inputs == 0:
@@ -249,6 +261,10 @@ def _check_labels(labels: ArrayLike, num_inputs: int, num_classes: int) -> Any:
         raise TypeError(f"labels must be integers, got {array.dtype}")
     core.check_finite(array, "labels", 0, num_classes - 1)
     return array
+
+
+def _is_square(information: Array) -> Array:
+    return (information >= 0) & (information < jnp.inf)
 
 
 def _open_fishers(fishers: PyTree, leaves: core.Leaves) -> core.Leaves:

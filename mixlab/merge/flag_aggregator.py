@@ -53,7 +53,7 @@ def flag(
         raise ValueError(f"rank must be at least 1, got {rank}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    core.check_finite(lam, "lam", 0.0)
+    core.check_number(lam, "lam", 0.0)
 
     def measure(
         models: PyTree,

@@ -156,8 +156,8 @@ def consensus(
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and
     Compression" (consensus merging).
     """
-    core.check_finite(k, "k", 0.0)
-    core.check_finite(scale, "scale")
+    core.check_number(k, "k", 0.0)
+    core.check_number(scale, "scale")
     of_tasks, masked_tasks = _tall(lam, multi_task, "consensus")
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:

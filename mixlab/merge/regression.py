@@ -42,15 +42,16 @@ def regmean(
 
     Raises:
         ValueError: an argument is out of range, the Gram matrices are missing, are not one for
-            each model, are not square of the size of a kernel's inputs, or name no leaf.
+            each model, are not square of the size of a kernel's inputs, are not symmetric or not
+            finite (outside of `jit`), or name no leaf.
         TypeError: a leaf with a Gram matrix is complex.
 
     Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models",
     section 3.
     """
-    core.check_finite(off_diagonal, "off_diagonal", 0.0, 1.0)
+    core.check_number(off_diagonal, "off_diagonal", 0.0, 1.0)
     core.check_weights(weights, signed=False)
-    core.check_finite(ridge, "ridge", 0.0)
+    core.check_number(ridge, "ridge", 0.0)
 
     def measure(
         models: PyTree,
@@ -65,12 +66,15 @@ def regmean(
                 "regmean needs the Gram matrices of the models' inputs; give them as grams=, "
                 "e.g. from merge.grams"
             )
-        for name in _open_grams(grams, leaves).specs:
+        given = _open_grams(grams, leaves)
+        for name in given.specs:
             if name not in leaves.specs:
                 raise ValueError(
                     f"grams have a matrix for {name!r}, which is no floating leaf of the models: "
                     f"{', '.join(leaves.specs)}"
                 )
+        must = "be finite and symmetric"
+        core.check_entries(given, given.specs, _is_gram, "the Gram matrix", must)
         coefficients = core.per_model(weights, leaves.num_models)
         return {"coefficients": coefficients / jnp.sum(coefficients), "grams": grams}
 
@@ -316,6 +320,12 @@ def _open_grams(grams: PyTree, leaves: core.Leaves) -> core.Leaves:
                 f"and [n, n] with n one of {sizes}, got {gram.dtype}{list(gram.shape)}"
             )
     return opened.leaves.map(lambda name, x: x.astype(leaves.specs[name].dtype))
+
+
+def _is_gram(gram: Array) -> Array:
+    """Which entries of `[M, in, in]` are finite and, but for rounding, as on the other side."""
+    largest = jnp.max(jnp.abs(gram), axis=(1, 2), keepdims=True, initial=0)
+    return jnp.isfinite(gram) & ~(jnp.abs(gram - gram.mT.conj()) > 0.01 * largest)
 
 
 def _solve(gram: Array, right: Array) -> Array:

@@ -521,6 +521,6 @@ def _check_iterations(iterations: int) -> None:
 
 def check_positive(value: ArrayLike, name: str) -> None:
     """Raises a `ValueError` unless a concrete number is finite and above 0."""
-    core.check_finite(value, name, 0.0)
+    core.check_number(value, name, 0.0)
     if not isinstance(value, jax.core.Tracer) and value == 0:
         raise ValueError(f"{name} must be above 0, got 0")

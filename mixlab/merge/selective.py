@@ -74,7 +74,7 @@ def nearswap(t: ArrayLike) -> core.MergeMethod:
 
     Source: alchemonaut 2024, "QuartetAnemoi-70B-t0.0001"; mergekit's rule.
     """
-    core.check_finite(t, "t", 0.0)
+    core.check_number(t, "t", 0.0)
     if not isinstance(t, jax.core.Tracer) and t == 0:
         raise ValueError("t is the distance that counts as near and must be above 0, got 0")
 
@@ -152,7 +152,7 @@ def threshold(epsilon: ArrayLike) -> chains.Stage:
         ValueError: epsilon is negative or not finite.
         TypeError: a leaf is complex.
     """
-    core.check_finite(epsilon, "epsilon", 0.0)
+    core.check_number(epsilon, "epsilon", 0.0)
 
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
         return {"epsilon": jnp.asarray(epsilon, float)}
@@ -183,8 +183,8 @@ def reinforce(r: ArrayLike, alpha: ArrayLike = 0.2, *, scope: str = "model") -> 
 
     Source: Yuan et al. 2026, "Behavior Knowledge Merge in Reinforced Agentic Models" (RAM).
     """
-    core.check_finite(r, "r")
-    core.check_finite(alpha, "alpha", 0.0)
+    core.check_number(r, "r")
+    core.check_number(alpha, "alpha", 0.0)
     core.check_choice(scope, "scope", ("model", "leaf"))
 
     def counts(name: str, taus: chains.TaskVectors) -> Array:

@@ -79,7 +79,7 @@ def iso_cts(
     Source: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and
     Task-Specific Subspaces", algorithm 2.
     """
-    core.check_finite(common_space_fraction, "common_space_fraction", 0.0, 1.0)
+    core.check_number(common_space_fraction, "common_space_fraction", 0.0, 1.0)
 
     def merge(taus: Array) -> Array:
         num_models, rank = len(taus), min(taus.shape[1:])
@@ -132,7 +132,7 @@ def tsv(
     Merging", algorithm 1.
     """
     if density is not None:
-        core.check_finite(density, "density", 0.0, 1.0)
+        core.check_number(density, "density", 0.0, 1.0)
         if density == 0:
             raise ValueError("density is the fraction to keep and must be above 0, got 0")
 
@@ -242,7 +242,7 @@ def _method(
     fold: bool,
 ) -> core.MergeMethod:
     """Base plus scaled `merge` of the matrices `[M, m, n]`, and mean of the other task vectors."""
-    core.check_finite(scale, "scale")
+    core.check_number(scale, "scale")
     core.check_weights(weights, signed=True)
     is_excluded = patterns.any_of(exclude)
 

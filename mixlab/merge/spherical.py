@@ -39,7 +39,7 @@ def slerp(t: ArrayLike = 0.5, *, threshold: float = 0.9995) -> core.MergeMethod:
 
     Source: Shoemake 1985, "Animating rotation with quaternion curves", section 3.3.
     """
-    core.check_finite(t, "t")
+    core.check_number(t, "t")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, got {threshold}")
 
@@ -98,7 +98,7 @@ def nuslerp(
 
     Source: mergekit, method `nuslerp`; Shoemake 1985 for the arc.
     """
-    core.check_finite(t, "t")
+    core.check_number(t, "t")
     core.check_weights(weights, signed=True)
 
     def place_of(num_models: int) -> Array:

@@ -1,7 +1,13 @@
-"""The stages that task-vector methods share; `chains.py` says what a stage is."""
+"""The stages that task-vector methods share; `chains.py` says what a stage is.
+
+A traced fraction may keep an entry more or less than the same number given as it is: where values
+are traced, JAX counts in float32 unless it has 64 bits. 0.29 of 100 entries are `int(28.999...)`,
+which is 28, in Python, and 29 in float32.
+"""
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import random, trees
-from mixlab.merge import core, selection
+from mixlab.merge import core, patterns, selection
 from mixlab.merge.chains import Stage, TaskVectors
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
@@ -35,7 +41,7 @@ def trim(density: ArrayLike, *, scope: str = "model", exact: bool = False) -> St
     Source: Yadav et al. 2023, "TIES-Merging", section 4, step 1; the threshold rule is that of
     the authors' code.
     """
-    core.check_finite(density, "density", 0.0, 1.0)
+    core.check_number(density, "density", 0.0, 1.0)
     core.check_choice(scope, "scope", ("model", "leaf"))
     if exact and scope != "leaf":
         raise ValueError('exact=True counts leaf by leaf: give scope="leaf" with it')
@@ -85,8 +91,8 @@ def band(density: ArrayLike, gamma: ArrayLike = 0.01) -> Stage:
     `magnitude_outliers`, but for leaves in which no outlier is removed: mergekit resets those
     to the base.
     """
-    core.check_finite(density, "density", 0.0, 1.0)
-    core.check_finite(gamma, "gamma", 0.0, 1.0)
+    core.check_number(density, "density", 0.0, 1.0)
+    core.check_number(gamma, "gamma", 0.0, 1.0)
 
     def counts(size: int) -> tuple[ArrayLike, ArrayLike]:
         kept = _count(density, size)
@@ -144,8 +150,8 @@ def drop(
     Source: Yu et al. 2024, "Language models are super Mario", section 3.2 (DARE); Deep et al.
     2024, "DELLA-Merging", section 2.2. The spread is that of mergekit.
     """
-    core.check_finite(density, "density", 0.0, 1.0)
-    core.check_finite(epsilon, "epsilon", 0.0, 0.5)
+    core.check_number(density, "density", 0.0, 1.0)
+    core.check_number(epsilon, "epsilon", 0.0, 0.5)
     if rescale is not None:
         core.check_choice(rescale, "rescale", ("expectation", "l1"))
     ranked = isinstance(epsilon, jax.core.Tracer) or epsilon != 0
@@ -241,7 +247,7 @@ def select(topk: ArrayLike) -> Stage:
 
     Source: Wan et al. 2024, "FuseChat", section 3.3 (the S of SCE); the count is mergekit's.
     """
-    core.check_finite(topk, "topk", 0.0, 1.0)
+    core.check_number(topk, "topk", 0.0, 1.0)
 
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
         def keep(name: str, taus: TaskVectors) -> Array:
@@ -260,32 +266,38 @@ def select(topk: ArrayLike) -> Stage:
     return Stage("select", measure, apply)
 
 
-def weigh(weights: ArrayLike | None, *, normalize: bool = False) -> Stage:
+def weigh(weights: patterns.PerLeaf | None, *, normalize: bool = False) -> Stage:
     """Multiplies each task vector by its weight, which then also counts in `reduce("mean")`.
 
     Args:
-        weights: `[M]`; negative ones subtract what the model learned. None: ones.
+        weights: `[M]`; negative ones subtract what the model learned. None: ones. Or such weights
+            for each pattern of leaf names, as in `average`.
         normalize: divide the weights by their sum.
 
     Raises:
         ValueError: a weight is not finite, or the weights to be normalised sum to zero; at the
-            merge: there are not M.
+            merge: there are not M, a leaf is without a pattern or a pattern without a leaf.
     """
-    core.check_weights(weights, signed=True)
-    known = weights is not None and not isinstance(weights, jax.core.Tracer)
-    if normalize and known and np.sum(np.asarray(weights, np.float64)) == 0:
-        raise ValueError(f"weights that sum to zero cannot be normalised, got {weights}")
+    for given in patterns.values(weights):
+        core.check_weights(given, signed=True)
+        known = given is not None and not core.is_traced(given)
+        if normalize and known and np.sum(np.asarray(given, np.float64)) == 0:
+            raise ValueError(f"weights that sum to zero cannot be normalised, got {given}")
 
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
-        w = core.per_model(weights, leaves.num_models)
-        return {"weights": w / jnp.sum(w) if normalize else w}
+        def shares(given: ArrayLike | None) -> Array:
+            w = core.per_model(given, leaves.num_models)
+            return w / jnp.sum(w) if normalize else w
+
+        return {"weights": patterns.spread(weights, leaves.specs, shares)}
 
     def apply(plan: Plan, name: str, taus: TaskVectors) -> TaskVectors:
-        w = plan["weights"]
+        w = patterns.at(plan["weights"], name)
         weighted = core.each_model(lambda x, w: x * w.astype(x.dtype), taus.values, w)
         return taus._replace(values=weighted, weights=taus.weights * w)
 
-    return Stage("weigh", measure, apply, entrywise=True, propagates=True)
+    by_name = isinstance(weights, Mapping)
+    return Stage("weigh", measure, apply, entrywise=not by_name, propagates=True)
 
 
 def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
@@ -350,6 +362,9 @@ def elect_sign(by: str = "mass", *, zero: str = "majority") -> Stage:
     return Stage("elect_sign", measure, apply, entrywise=True)
 
 
+REDUCTIONS = ("sum", "mean", "max")
+
+
 def reduce(how: str = "sum") -> Stage:
     """Turns the M task vectors into one.
 
@@ -366,7 +381,7 @@ def reduce(how: str = "sum") -> Stage:
     Source: Yadav et al. 2023, "TIES-Merging", section 4, step 3 (disjoint merge), and the
     authors' code for sum and max.
     """
-    core.check_choice(how, "how", ("sum", "mean", "max"))
+    core.check_choice(how, "how", REDUCTIONS)
 
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
         return {}
@@ -425,7 +440,7 @@ def rescale(factor: ArrayLike) -> Stage:
     Raises:
         ValueError: the factor is not finite.
     """
-    core.check_finite(factor, "factor")
+    core.check_number(factor, "factor")
 
     def measure(leaves: core.Leaves, key: Key | None) -> Plan:
         return {"factor": jnp.asarray(factor, float)}
@@ -446,7 +461,12 @@ def _larger(a: Array, b: Array) -> Array:
 
 
 def _count(fraction: ArrayLike, size: ArrayLike) -> Any:
-    """`int(size * fraction)`, also of traced numbers."""
+    """`int(size * fraction)`, also of traced numbers.
+
+    The one place where a fraction becomes a count, but for `balance`, which counts from the other
+    end. Traced it is a product in float32, or float64 where JAX has 64 bits, and near an integer
+    that may be one more or less than Python's.
+    """
     if isinstance(fraction, jax.core.Tracer) or isinstance(size, jax.Array):
         product = jnp.asarray(fraction, float) * jnp.asarray(size, float)
         return jnp.floor(product).astype(jnp.int32)

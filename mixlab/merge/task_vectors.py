@@ -1,22 +1,31 @@
-"""Merging in the space of task vectors, `tau_m = theta_m - theta_base`."""
+"""Merging in the space of task vectors, `tau_m = theta_m - theta_base`.
 
-from mixlab.merge import chains, core, stages
+Wherever there are `weights`, they may be given by pattern of leaf names, as in `average`. A
+fraction that is traced is counted in float32, which may keep an entry more or less than the same
+number given as it is (`stages.py`).
+"""
+
+from mixlab.merge import chains, core, patterns, stages
 from mixlab.types import ArrayLike
 
 
-def task_arithmetic(scale: ArrayLike = 0.3, weights: ArrayLike | None = None) -> core.MergeMethod:
+def task_arithmetic(
+    scale: ArrayLike = 0.3, weights: patterns.PerLeaf | None = None
+) -> core.MergeMethod:
     """Adds the task vectors to the base, `theta_base + scale * sum_m w_m tau_m`.
 
     Args:
         scale: lambda, a number; may be traced.
         weights: `[M]`, not normalised; negative ones subtract what a model learned. Default: ones.
+            Or such weights for each pattern of leaf names, as in `average`.
 
     Raises:
-        ValueError: scale or a weight is not finite, there are not M weights, or there is no base.
+        ValueError: scale or a weight is not finite, there are not M weights, a leaf is without a
+            pattern or a pattern without a leaf, or there is no base.
 
     Source: Ilharco et al. 2023, "Editing models with task arithmetic", section 2.
     """
-    core.check_finite(scale, "scale")
+    core.check_number(scale, "scale")
     return chains.chain(stages.weigh(weights), stages.reduce("sum"), stages.rescale(scale))
 
 
@@ -27,7 +36,7 @@ def ties(
     scope: str = "model",
     reduce: str = "mean",
     zero: str = "majority",
-    weights: ArrayLike | None = None,
+    weights: patterns.PerLeaf | None = None,
 ) -> core.MergeMethod:
     """TIES: trim each task vector, elect a sign for each entry, merge the values that agree.
 
@@ -53,7 +62,8 @@ def ties(
     Source: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models",
     algorithm 1.
     """
-    core.check_finite(scale, "scale")
+    core.check_number(scale, "scale")
+    core.check_choice(reduce, "reduce", stages.REDUCTIONS)
     return chains.chain(
         stages.trim(density, scope=scope),
         stages.weigh(weights),
@@ -76,6 +86,7 @@ def magmax(scale: ArrayLike = 0.6) -> core.MergeMethod:
     Source: Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual
     Learning". Of equal magnitudes the later model's value wins, as in FusionBench.
     """
+    core.check_number(scale, "scale")
     return chains.chain(stages.reduce("max"), stages.rescale(scale))
 
 
@@ -85,7 +96,7 @@ def dare(
     *,
     rescale: str | None = "expectation",
     consensus: str = "linear",
-    weights: ArrayLike | None = None,
+    weights: patterns.PerLeaf | None = None,
     normalize: bool = False,
 ) -> core.MergeMethod:
     """DARE: drop entries of the task vectors at random, rescale the rest, merge.
@@ -126,7 +137,7 @@ def della(
     axis: int | None = None,
     rescale: str | None = "expectation",
     consensus: str = "ties",
-    weights: ArrayLike | None = None,
+    weights: patterns.PerLeaf | None = None,
     normalize: bool = True,
 ) -> core.MergeMethod:
     """DELLA: drop small entries more often than large ones, elect a sign, average.
@@ -163,7 +174,7 @@ def breadcrumbs(
     scale: ArrayLike = 1.0,
     *,
     consensus: str = "linear",
-    weights: ArrayLike | None = None,
+    weights: patterns.PerLeaf | None = None,
     normalize: bool = False,
 ) -> core.MergeMethod:
     """Model Breadcrumbs: remove outliers and small entries of each leaf, then merge.
@@ -206,19 +217,21 @@ def sce(select_topk: ArrayLike = 1.0, scale: ArrayLike = 1.0) -> core.MergeMetho
 
     Source: Wan et al. 2024, "FuseChat: Knowledge Fusion of Chat Models", section 3.3.
     """
+    core.check_number(select_topk, "select_topk", 0.0, 1.0)
+    core.check_number(scale, "scale")
     return chains.chain(stages.select(select_topk), stages.fuse(), stages.rescale(scale))
 
 
 def _sparse(
     sparsify: chains.Stage,
     consensus: str,
-    weights: ArrayLike | None,
+    weights: patterns.PerLeaf | None,
     normalize: bool,
     scale: ArrayLike,
 ) -> core.MergeMethod:
     """What mergekit's sparse methods share: sparsify, find a consensus, normalise, rescale."""
     core.check_choice(consensus, "consensus", ("linear", "ties"))
-    core.check_finite(scale, "scale")
+    core.check_number(scale, "scale")
     if consensus == "linear":
         merged = [stages.weigh(weights, normalize=normalize), stages.reduce("sum")]
     else:

@@ -130,8 +130,8 @@ def twin(
     Source: Lu et al. 2024, "Twin-Merging: Dynamic Integration of Modular Expertise in Model
     Merging", and the authors' code.
     """
-    core.check_finite(density, "density", 0.0, 1.0)
-    core.check_finite(scale, "scale")
+    core.check_number(density, "density", 0.0, 1.0)
+    core.check_number(scale, "scale")
     core.check_choice(compression, "compression", _COMPRESSIONS)
     is_excluded = patterns.any_of(exclude)
 

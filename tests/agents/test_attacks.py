@@ -148,6 +148,16 @@ def test_errors():
         attacks.mimic(-1)
     with pytest.raises(ValueError, match="time must be above 0, got 0"):
         attacks.augmentation_noise(0)
+    for make in (attacks.random, attacks.scaled, attacks.reversed, attacks.ipm, attacks.empire,
+                 attacks.alie, attacks.mimic, attacks.augmentation_noise):  # fmt: skip
+        with pytest.raises(
+            TypeError, match=r"(scale|factor|tau|target|time) must be one number, got 'x'"
+        ):
+            make("x")
+        with pytest.raises(ValueError, match="must be finite, got nan"):
+            make(math.nan)
+    with pytest.raises(TypeError, match=r"key is a PRNG key such as jax.random.key\(0\), got 7"):
+        attacks.random()(7, jnp.zeros((2, 3)), jnp.asarray([True, False]))
     with pytest.raises(TypeError, match="scaled in 'scaled'"):
         attacks.parse("scaled")
     attack = attacks.ipm()

@@ -1,6 +1,7 @@
 """The strategies: the same on every backend, and the algebra of each."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -443,6 +444,9 @@ def test_a_rule_among_some_takes_the_others_for_their_median():
     [
         ("wa(merge='fisher')", agents.ring(5), "fisher.*cannot merge agents.*fishers="),
         ("dimat(merge='emr')", agents.ring(5), "makes several models"),
+        ("dimat(merge='krum(1)')", agents.ring(5), "neighbourhoods of 3, as ring has: krum"),
+        ("wa(merge='krum(1)')", agents.star(6), "neighbourhoods of 2, as star has: krum"),
+        ("dpsgd(merge='slerp(0.5)')", agents.complete(3), "of 3, as complete has: .*two models"),
         ("wa(merge='median')", agents.matchings(6), "changes with time"),
         ("dpsgd(merge='median')", agents.one_peer_exponential(8), "changes with time"),
         ("dpsgd", agents.star(5, weights="uniform"), "dpsgd needs doubly stochastic"),
@@ -636,6 +640,20 @@ def test_what_cannot_be_built_is_refused():
         agents.cga(topology, projection="gem")
     strategy = agents.dpsgd(topology)
     assert agents.parse(strategy, topology) is strategy
+
+
+@pytest.mark.parametrize("name", sorted(strategies.STRATEGIES))
+def test_a_strategy_takes_a_topology(name):
+    make = strategies.STRATEGIES[name]
+    for wrong in (4, "ring", None, np.eye(4)):
+        said = rf"{name} takes a topology such as agents.ring\(8\), got {re.escape(repr(wrong))}"
+        with pytest.raises(TypeError, match=said):
+            make(wrong)
+        with pytest.raises(TypeError, match=said):
+            make(topology=wrong)
+    assert make(topology=agents.complete(4)).name == name
+    with pytest.raises(TypeError, match=rf"{name}\(\) missing .*'topology'"):
+        make()
 
 
 def test_mix_says_what_it_takes():

@@ -1,4 +1,5 @@
 import math
+import re
 
 import networkx as nx
 import numpy as np
@@ -264,6 +265,38 @@ def test_errors_say_what_to_do(build, message):
         build()
     # Allowed where it is meant.
     assert not topology.from_matrix(np.eye(2), connected=False).connected
+
+
+@pytest.mark.parametrize("n", ["8", 8.0, None, [8]])
+@pytest.mark.parametrize(
+    "build",
+    [
+        topology.bipartite,
+        topology.complete,
+        topology.disconnected,
+        topology.exponential,
+        topology.grid,
+        topology.hypercube,
+        topology.matchings,
+        topology.one_peer_exponential,
+        topology.ring,
+        topology.small_world,
+        topology.star,
+        topology.torus,
+        lambda n: topology.erdos_renyi(n, 0.5),
+        lambda n: topology.from_edges(n, [(0, 1)]),
+        lambda n: topology.peer_sampling(n, 2),
+        lambda n: topology.random_regular(n, 2),
+    ],
+)
+def test_the_number_of_agents_is_a_whole_number(build, n):
+    with pytest.raises(TypeError, match=f"whole number such as 8, got n={re.escape(repr(n))}"):
+        build(n)
+
+
+def test_numpy_counts_agents_too():
+    for build in (topology.exponential, topology.hypercube, topology.one_peer_exponential):
+        np.testing.assert_array_equal(build(np.int64(8)).weights, build(8).weights)
 
 
 def test_rules_by_hand():

@@ -99,6 +99,13 @@ def test_scores_that_are_not_finite(backend, bad):
             jax.block_until_ready(solve(scores))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nobody_is_assigned_to_nobody(backend):
+    for shape in ((0, 0), (3, 0, 0), (0, 2, 2)):
+        found = align.assignment(np.zeros(shape), backend=backend)
+        assert (found.shape, found.dtype) == (shape[:-1], jnp.int32)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="square"):
         align.assignment(jnp.ones((2, 3)))

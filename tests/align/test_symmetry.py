@@ -388,6 +388,12 @@ def test_output_that_ignores_the_variables():
         align.infer_symmetry(lambda v, x: x + 1, mlp_variables(), normal(2, 5))
 
 
+@pytest.mark.parametrize("wrong", [3, None, "mlp"])
+def test_what_is_no_function_is_not_traced(wrong):
+    with pytest.raises(TypeError, match=f"fn is a function of .*, got {wrong!r}"):
+        align.infer_symmetry(wrong, mlp_variables(), normal(2, 5))
+
+
 def test_nan_output_proves_nothing():
     with pytest.raises(ValueError, match="NaN"):
         align.infer_symmetry(lambda v, x: jnp.log(-jnp.abs(x @ v)), normal(3, 4), normal(2, 3))
@@ -413,8 +419,48 @@ def test_permute_errors():
         symmetry.permute({"0": np.arange(6.0)}, layers)
     with pytest.raises(ValueError, match="not a permutation"):
         symmetry.permute({"0": np.array([0, 0, 1, 2, 3, 4])}, layers)
+    with pytest.raises(ValueError, match="not a permutation"):
+        symmetry.permute({"0": [0, 0, 1, 2, 3, 4]}, layers)
+    with pytest.raises(ValueError, match=r"shape \(6,\)"):
+        symmetry.permute({"0": [0, 1]}, layers)
     with pytest.raises(ValueError, match="'other' of shape"):
         symmetry.permute({}, {"other": normal(6, 6)})
+
+
+def test_a_permutation_may_be_a_list():
+    layers = mlp_variables()
+    symmetry = align.infer_symmetry(mlp, layers, normal(2, 5), check=False)
+    p = [2, 0, 1, 5, 3, 4]
+    found = symmetry.permute({"0": p}, layers)
+    np.testing.assert_array_equal(found[0]["w"], np.asarray(layers[0]["w"])[:, p])
+    np.testing.assert_array_equal(found[1]["w"], np.asarray(layers[1]["w"])[p])
+    np.testing.assert_array_equal(symmetry.inverse({"0": p})["0"], np.argsort(p))
+    np.testing.assert_array_equal(
+        symmetry.compose({"0": p}, {"0": p})["0"], np.asarray(p)[np.asarray(p)]
+    )
+
+
+@pytest.mark.parametrize("key", [0, None, "0", np.zeros(2)])
+def test_a_key_is_a_key(key):
+    layers = mlp_variables()
+    symmetry = align.infer_symmetry(mlp, layers, normal(2, 5), check=False)
+    draws = [
+        symmetry.random,
+        symmetry.check,
+        lambda key: align.sinkhorn_matching(symmetry, None, layers, layers, key=key),
+        lambda key: align.straight_through(symmetry, mlp, layers, layers, [], key=key),
+    ]
+    if key is not None:
+        draws += [
+            lambda key: align.weight_matching(symmetry, layers, layers, key=key),
+            lambda key: align.weight_universe(symmetry, [layers, layers], key=key),
+            lambda key: align.infer_symmetry(mlp, layers, normal(2, 5), key=key),
+        ]
+    for draw in draws:
+        with pytest.raises(TypeError, match=r"key is a PRNG key such as jax.random.key\(0\), got"):
+            draw(key)
+    old, typed = jax.random.PRNGKey(1), jax.random.key(1)
+    jax.tree.map(np.testing.assert_array_equal, symmetry.random(old), symmetry.random(typed))
 
 
 def test_hand_written_specification():

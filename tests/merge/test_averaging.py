@@ -43,6 +43,34 @@ def test_weights_by_pattern():
     np.testing.assert_array_equal(mixed["head"]["bias"], MODELS[1]["head"]["bias"])
 
 
+def test_task_vectors_are_weighed_by_pattern():
+    weights = {"encoder/kernel": [1, 0, -3], "*/bias": [0, 2, 1]}
+    base, scale = model(9), 0.5
+    method = merge.task_arithmetic(scale, weights)
+    merged = method(MODELS, base=base)
+
+    def by_hand(weights, pick):
+        origin = np.asarray(pick(base), np.float64)
+        return origin + scale * sum(
+            w * (pick(m) - origin) for w, m in zip(weights, MODELS, strict=True)
+        )
+
+    for found in (merged, jax.jit(method)(MODELS, base=base)):
+        kernel = by_hand([1, 0, -3], lambda m: m["encoder"]["kernel"])
+        np.testing.assert_allclose(found["encoder"]["kernel"], kernel, rtol=1e-5)
+        bias = by_hand([0, 2, 1], lambda m: m["head"]["bias"])
+        np.testing.assert_allclose(found["head"]["bias"], bias, rtol=1e-5)
+    text = "breadcrumbs(0.5, weights={'head/*': [1, 0, 0], '*': [0, 1, 2]}, consensus='ties')"
+    found = merge.parse(text)(MODELS, base=base)
+    for name, weights in (("head", [1, 0, 0]), ("encoder", [0, 1, 2])):
+        alone = merge.breadcrumbs(0.5, weights=weights, consensus="ties")(MODELS, base=base)
+        jax.tree.map(np.testing.assert_array_equal, found[name], alone[name])
+    with pytest.raises(ValueError, match="each of the 3 models"):
+        merge.task_arithmetic(weights={"*": [1, 1]})(MODELS, base=base)
+    with pytest.raises(ValueError, match="decide for no leaf"):
+        merge.task_arithmetic(weights={"decoder/*": [1, 1, 1], "*": [1, 1, 1]})(MODELS, base=base)
+
+
 def test_patterns_that_do_not_fit_are_errors():
     with pytest.raises(ValueError, match=r"matches the leaves \['head/bias'\]; end with '\*'"):
         merge.average({"encoder/*": [1, 1, 1]})(MODELS)

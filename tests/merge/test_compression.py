@@ -124,8 +124,14 @@ def test_errors(tmp_path):
     path = tmp_path / "models.npz"
     merge.save_compressed(path, compressed, base)
     for method in (merge.average(), merge.consensus()):
-        with pytest.raises(TypeError, match="tall_masks, emr or twin"):
+        with pytest.raises(
+            TypeError, match=r"tall_masks, emr or twin; got one that makes one model$"
+        ):
             merge.compress(method, models, base=base)
+    with pytest.raises(TypeError, match="got 'emr'"):
+        merge.compress("emr", models, base=base)
+    with pytest.raises(TypeError, match="key is a PRNG key"):
+        merge.compress(merge.twin(), models, base=base, key=0)
     for task in (-1, 3):
         with pytest.raises(ValueError, match=r"0 \.\.\. 2"):
             compressed.model(base, task)

@@ -27,6 +27,60 @@ def test_weights_that_are_no_shares(weights, message):
             method(weights=weights)
 
 
+PAIR = [tree([1.0, 4.0], [2.0]), tree([3.0, 0.0], [4.0])]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: merge.ties("0.2"), "density must be one number, got '0.2'"),
+        (lambda: merge.ties(None), "density must be one number, got None"),
+        (lambda: merge.ties([0.1, 0.2]), r"density must be one number, got \[0.1, 0.2\]"),
+        (lambda: merge.dare("0.5"), "density must be one number, got '0.5'"),
+        (lambda: merge.pcb("0.5"), "ratio must be one number, got '0.5'"),
+        (lambda: merge.task_arithmetic({"*": 1.0}), "scale must be one number, got {"),
+        (lambda: merge.task_arithmetic(np.ones(2)), r"scale must be one number, got array\("),
+        (lambda: merge.interpolate({"*": "half"}), "t must be one number, got 'half'"),
+        (lambda: merge.fisher({"*": [1, 2]}), "weights must be numbers, got {"),
+        (lambda: merge.average("12"), "weights must be numbers, got '12'"),
+        (lambda: merge.average([1, None]), r"weights must be numbers, got \[1, None\]"),
+        (lambda: merge.average([[1, 2], [3]]), r"weights must be numbers, got \[\[1, 2\], \[3\]\]"),
+        (
+            lambda: merge.average()(PAIR, fishers=PAIR),
+            "takes no fishers=; .* it takes nothing else",
+        ),
+        (lambda: merge.ties()(PAIR, base=PAIR[0], grams=1), "takes no grams=; .* nothing else"),
+        (lambda: merge.regmean()(PAIR, fishers=PAIR), "takes no fishers=; .* it takes grams=$"),
+        (lambda: merge.dare()(PAIR, base=PAIR[0], key=0), r"key\(0\), got 0"),
+        (lambda: merge.dare()(PAIR, base=PAIR[0], key=np.zeros(2)), r"got array\(\[0., 0.\]\)"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
+def test_a_traced_number_must_be_one():
+    with pytest.raises(TypeError, match="scale must be one number"):
+        jax.jit(lambda scale: merge.task_arithmetic(scale)(PAIR, base=PAIR[0]))(jnp.ones(2))
+
+
+def test_models_may_come_one_by_one():
+    np.testing.assert_allclose(merge.average()(model for model in PAIR)["w0"], [2.0, 2.0])
+    with pytest.raises(ValueError, match="empty list"):
+        merge.average()(iter([]))
+
+
+def test_keys_of_the_old_kind_draw():
+    base = tree([0.0, 0.0], [0.0])
+    typed = merge.dare(0.5)(PAIR, base=base, key=jax.random.key(3))
+    old = jax.random.PRNGKey(3)
+    for key in (old, np.asarray(old)):
+        for method in (merge.dare(0.5), jax.jit(merge.dare(0.5))):
+            found = method(PAIR, base=base, key=key)
+            jax.tree.map(np.testing.assert_array_equal, found, typed)
+
+
 def test_average_normalizes_its_weights():
     merged = merge.average([3, 1])([tree([0.0, 4.0]), tree([8.0, 0.0])])
     np.testing.assert_allclose(merged["w0"], [2.0, 3.0])

@@ -118,12 +118,37 @@ def test_wrong_labels_and_inputs():
         fisher(iter([]))
     with pytest.raises(ValueError, match="at_once"):
         fisher(at_once=0)
+    for batch in (X, X[:2], (X,), iter([X])):
+        with pytest.raises(TypeError, match=r"takes pairs \(inputs, labels \[N\]\), got a .* give"):
+            fisher(batch, labels="empirical")
+    with pytest.raises(TypeError, match="key is a PRNG key"):
+        fisher(labels="sampled", key=0)
     with pytest.raises(ValueError, match=r"\[B, K\], got \(1,\)"):
         merge.diagonal_fisher(lambda p, x: log_probs(p, x)[:, 0], PARAMS, X)
 
 
 MODELS = [{"w": jnp.asarray([1.0, 2.0]), "n": 1}, {"w": jnp.asarray([3.0, 6.0]), "n": 2}]
 FISHERS = [{"w": jnp.asarray([3.0, 0.0])}, {"w": jnp.asarray([1.0, 0.0])}]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_what_is_no_fisher_is_refused_and_seen_under_jit(bad):
+    wrong = [FISHERS[0], {"w": jnp.asarray([1.0, bad])}]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *wrong)
+    for given in (wrong, stacked):
+        with pytest.raises(
+            ValueError, match=rf"leaf 'w' of model 1 must be finite .* got {bad} at \[1\]"
+        ):
+            merge.fisher()(MODELS, fishers=given)
+    for mode in ("max", "first", "add"):
+        for floor in (0.0, 1e-6):
+            method = merge.fisher(floor=floor, floor_mode=mode)
+            merged = jax.jit(method)(MODELS, fishers=wrong)["w"]
+            np.testing.assert_allclose(merged, [1.5, np.nan], rtol=1e-5)
+    if bad > 0:
+        return
+    # The norm of such a Fisher is none either.
+    assert np.isnan(jax.jit(merge.fisher(normalize=True))(MODELS, fishers=wrong)["w"][1])
 
 
 def test_fishers_weigh_the_entries_and_may_lack_copied_leaves():

@@ -100,6 +100,17 @@ def test_wrong_grams():
     for name in ("v", "n"):
         with pytest.raises(ValueError, match=f"'{name}', which is no floating leaf"):
             regmean(models, grams=[{name: eye}] * 2)
+    wrong = eye.copy()
+    for bad in (np.nan, np.inf, 0.5):
+        wrong[1, 2] = bad
+        with pytest.raises(
+            ValueError, match=rf"leaf 'w' of model 1 must be finite and sym.* got {bad} at \[1, 2\]"
+        ):
+            regmean(models, grams=[{"w": eye}, {"w": wrong}])
+    wrong[1, 2] = np.nan
+    different = [models[0], models[0] | {"w": np.zeros((2, 3, 4), np.float32)}]
+    merged = jax.jit(regmean)(different, grams=[{"w": eye}, {"w": wrong}])
+    assert np.isnan(merged["w"]).any()
     with pytest.raises(ValueError, match="off_diagonal"):
         merge.regmean(1.5)
     with pytest.raises(ValueError, match="ridge"):

@@ -333,6 +333,18 @@ def test_nan_passes_by_the_stages(text, in_base):
     np.testing.assert_allclose(np.delete(found, 4), np.delete(clean, 4), rtol=1e-6)
 
 
+def test_a_traced_fraction_counts_in_float32():
+    """As the docstring of the stages says."""
+    base, moved = {"w": jnp.zeros(100)}, {"w": jnp.arange(1.0, 101.0)}
+
+    def kept(density):
+        stages = merge.trim(density, scope="leaf", exact=True), merge.reduce()
+        return jnp.sum(merge.chain(*stages)([moved], base=base)["w"] != 0)
+
+    assert kept(0.29) == int(100 * 0.29) == 28
+    assert jax.jit(kept)(0.29) == int(np.float32(100) * np.float32(0.29)) == 29
+
+
 def test_weights_are_normalised():
     chain = merge.chain(merge.weigh([1, 3], normalize=True), merge.reduce())
     np.testing.assert_allclose(run(chain), np.average(DELTAS, axis=0, weights=[1, 3]))
@@ -354,7 +366,17 @@ def test_unknown_choices_name_the_known_ones():
     ):
         with pytest.raises(ValueError, match="must be one of"):
             make()
-    for make in (merge.rescale, merge.task_arithmetic, merge.slerp, merge.interpolate):
+    with pytest.raises(ValueError, match=r"^reduce must be one of 'sum', 'mean', 'max', got 'avg'"):
+        merge.ties(0.2, reduce="avg")
+    with pytest.raises(ValueError, match=r"^select_topk must lie between"):
+        merge.sce(1.5)
+    for make in (
+        merge.magmax,
+        merge.rescale,
+        merge.task_arithmetic,
+        merge.slerp,
+        merge.interpolate,
+    ):
         with pytest.raises(ValueError, match="must be finite"):
             make(np.nan)
 

@@ -16,6 +16,7 @@ from mixlab.types import Array, PyTree
 ALIGN = ("never", "once", "every", "universe")
 
 
+@core.on_topology
 def wa(
     topology: Topology,
     *,
@@ -40,6 +41,7 @@ def wa(
     return gossip(topology, merge=merge, opt_state=opt_state)._replace(name="wa")
 
 
+@core.on_topology
 def gossip(
     topology: Topology,
     *,
@@ -149,6 +151,7 @@ def gossip(
     )
 
 
+@core.on_topology
 def dimat(
     topology: Topology,
     *,

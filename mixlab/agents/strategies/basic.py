@@ -12,11 +12,13 @@ from mixlab.agents.topology import Topology
 from mixlab.types import Array, PyTree
 
 
+@core.on_topology
 def none(topology: Topology) -> Strategy:
     """Isolated agents: nobody communicates, whatever the topology."""
     return Strategy("none", topology, "never", core.nothing_before, core.local_step, core.stay)
 
 
+@core.on_topology
 def data_parallel(topology: Topology, *, merge: str | merge.MergeMethod | None = None) -> Strategy:
     """One model, trained on the mean of all agents' gradients; the topology is not used.
 

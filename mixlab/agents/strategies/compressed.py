@@ -12,6 +12,7 @@ from mixlab.agents.topology import Topology
 from mixlab.types import Array, PyTree
 
 
+@core.on_topology
 def choco(
     topology: Topology,
     compressor: str | compression.Compressor = "top_k(0.1)",

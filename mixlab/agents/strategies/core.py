@@ -1,7 +1,8 @@
 """What a strategy is: pure functions, written as parts of a program over the agent axis."""
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from mixlab.agents.parallel import Axis, Fetched
 from mixlab.agents.topology import Topology
 from mixlab.types import Array, Batch, PyTree
 
+_Given = ParamSpec("_Given")
 OPT_STATE_AT_MERGE = ("keep", "reset", "permute")
 # Numbers of models on which a merge method is tried: some take two alone, others need many.
 _TRIED = (2, 4, 8, 16, 32, 64)
@@ -119,6 +121,21 @@ class Strategy(NamedTuple):
     rule: str | None = None
 
 
+def on_topology(make: Callable[_Given, Strategy]) -> Callable[_Given, Strategy]:
+    """Makes what makes a strategy refuse a topology that is none, with a `TypeError`."""
+
+    @functools.wraps(make)
+    def checked(*args: _Given.args, **kwargs: _Given.kwargs) -> Strategy:
+        given = args[0] if args else kwargs.get("topology")
+        if (args or kwargs) and not isinstance(given, Topology):
+            raise TypeError(
+                f"{make.__name__} takes a topology such as agents.ring(8), got {given!r}"
+            )
+        return make(*args, **kwargs)
+
+    return checked
+
+
 # ---------------------------------------------------------------- parts of strategies
 
 
@@ -206,8 +223,9 @@ def method_of(
         topology: of neighbourhoods that it is to merge; None where it merges all agents.
 
     Raises:
-        ValueError: it is unknown, needs more of the models than their variables, makes several
-            models, or the neighbourhoods change with time: it merges a fixed number of models.
+        ValueError: it is unknown, needs more of the models than their variables or another number
+            of them than a neighbourhood has, makes several models, or the neighbourhoods change
+            with time: it merges a fixed number of models.
     """
     if method is None:
         return None
@@ -219,19 +237,26 @@ def method_of(
         )
     base = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    for count in _TRIED:
+    counts = _TRIED if topology is None else sorted({int(d) + 1 for d in topology.degree})
+    against = {}
+    for count in counts:
         models = {"w": jax.ShapeDtypeStruct((count, 4, 3), jnp.float32)}
         try:
             merged = jax.eval_shape(
                 lambda models, base, key: made(models, base=base, key=key), models, base, key
             )
         except (ValueError, TypeError) as error:
-            reason = str(error)
+            against[count] = str(error)
             continue
         if merged["w"].shape != base["w"].shape:
             raise ValueError(f"merge={method!r} makes several models, and agents need one")
+        if topology is None:
+            return made
+    if not against:
         return made
-    raise ValueError(f"merge={method!r} cannot merge agents: {reason}")
+    count, reason = against.popitem()
+    where = "" if topology is None else f" in neighbourhoods of {count}, as {topology.name} has"
+    raise ValueError(f"merge={method!r} cannot merge agents{where}: {reason}")
 
 
 def distance(axis: Axis, variables: PyTree, center: PyTree) -> Array:

@@ -38,6 +38,7 @@ class Server(NamedTuple):
     round: Array
 
 
+@core.on_topology
 def fedavg(
     topology: Topology,
     *,
@@ -80,6 +81,7 @@ def fedavg(
     )
 
 
+@core.on_topology
 def fedprox(
     topology: Topology,
     *,
@@ -121,6 +123,7 @@ def fedprox(
     )
 
 
+@core.on_topology
 def fedavgm(
     topology: Topology,
     *,
@@ -162,6 +165,7 @@ def fedavgm(
     )
 
 
+@core.on_topology
 def fedadam(
     topology: Topology,
     *,
@@ -213,6 +217,7 @@ def fedadam(
     )
 
 
+@core.on_topology
 def diloco(
     topology: Topology,
     *,

@@ -28,6 +28,7 @@ PROJECTIONS = ("dimat", "cone")
 _ITERATIONS = 2000
 
 
+@core.on_topology
 def dpsgd(
     topology: Topology,
     *,
@@ -96,6 +97,7 @@ def _combine_then_adapt(
     return state._replace(variables=mixed, opt_state=opt_state)
 
 
+@core.on_topology
 def cdsgd(topology: Topology) -> Strategy:
     """Consensus-based distributed SGD: `x_i <- sum_j W_ij x_j - lr g_i(x_i)`.
 
@@ -111,6 +113,7 @@ def cdsgd(topology: Topology) -> Strategy:
     return dpsgd(topology)._replace(name="cdsgd")
 
 
+@core.on_topology
 def cdmsgd(topology: Topology, *, momentum: float = 0.9) -> Strategy:
     """CDSGD with Nesterov momentum, which every agent keeps to itself.
 
@@ -153,6 +156,7 @@ def _check_cycle(local: int, mixing: int) -> None:
         raise ValueError(f"a cycle has local >= 0 and mixing >= 1 steps, got {local} and {mixing}")
 
 
+@core.on_topology
 def ldsgd(
     topology: Topology, *, local: int = 10, mixing: int = 20, momentum: float = 0.9
 ) -> Strategy:
@@ -189,6 +193,7 @@ def ldsgd(
     return plain._replace(name="ldsgd", local_step=local_step, communicate=communicate)
 
 
+@core.on_topology
 def swarm(
     topology: Topology,
     *,
@@ -293,6 +298,7 @@ def swarm(
     )
 
 
+@core.on_topology
 def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat") -> Strategy:
     """Cross-gradient aggregation: the neighbours return the gradient of one's model on their data.
 

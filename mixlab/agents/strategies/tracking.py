@@ -12,6 +12,7 @@ from mixlab.agents.topology import Topology
 from mixlab.types import Array, PyTree
 
 
+@core.on_topology
 def sgp(topology: Topology) -> Strategy:
     """Stochastic gradient push: push-sum on directed graphs, whatever the degrees.
 
@@ -62,6 +63,7 @@ def _divided(network: Network, tree: PyTree, weight: Array) -> PyTree:
     )
 
 
+@core.on_topology
 def gradient_tracking(topology: Topology) -> Strategy:
     """Gradient tracking: agents mix an estimate of the mean gradient as well as parameters.
 

@@ -1,6 +1,7 @@
 """Graphs that do not change with time."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,10 +11,14 @@ from mixlab.agents.topology.core import TOLERANCE, Topology, edges_of
 from mixlab.agents.topology.weights import rule_of, two_hubs, uniform
 
 
-def check_count(n: int) -> None:
-    """Refuses a topology of nobody."""
-    if n < 1:
+def check_count(n: int) -> int:
+    """The number of agents; refuses what is no whole number, and a topology of nobody."""
+    if not hasattr(n, "__index__"):
+        raise TypeError(f"the number of agents is a whole number such as 8, got n={n!r}")
+    count = operator.index(n)
+    if count < 1:
         raise ValueError(f"a topology needs at least one agent, got n={n}")
+    return count
 
 
 def _check_probability(p: float) -> None:
@@ -160,7 +165,7 @@ def disconnected(n: int) -> Topology:
 
 def complete(n: int) -> Topology:
     """Everyone with everyone: all weights 1/n."""
-    return Topology("complete", circulant(n, range(n)))
+    return Topology("complete", circulant(n, range(check_count(n))))
 
 
 def ring(n: int, *, directed: bool = False) -> Topology:
@@ -189,6 +194,7 @@ def exponential(n: int, *, base: int = 2, symmetric: bool = False) -> Topology:
     Raises:
         ValueError: no agents, or a base below 2.
     """
+    n = check_count(n)
     if base < 2:
         raise ValueError(f"an exponential graph needs base >= 2, got {base}")
     limit = n // 2 if symmetric else n - 1
@@ -205,7 +211,7 @@ def star(n: int, *, weights: str = "metropolis") -> Topology:
         n: number of agents.
         weights: one of `WEIGHTS`.
     """
-    return from_edges(n, [(0, i) for i in range(1, n)], weights=weights, name="star")
+    return from_edges(n, [(0, i) for i in range(1, check_count(n))], weights=weights, name="star")
 
 
 def bipartite(n: int, *, weights: str = "metropolis") -> Topology:
@@ -220,7 +226,7 @@ def bipartite(n: int, *, weights: str = "metropolis") -> Topology:
     Raises:
         ValueError: too few agents, or too many for `"dimat"`.
     """
-    if n < 3:
+    if check_count(n) < 3:
         raise ValueError(f"two hubs and someone else are at least 3 agents, got n={n}")
     name = "bipartite(dimat)" if weights == "dimat" else "bipartite"
     return from_edges(n, np.argwhere(two_hubs(n)), weights=weights, name=name)
@@ -237,7 +243,7 @@ def hypercube(n: int) -> Topology:
     Raises:
         ValueError: it is no power of two.
     """
-    check_count(n)
+    n = check_count(n)
     if n & (n - 1):
         raise ValueError(f"a hypercube has a power of two of agents, got n={n}")
     edges = [(i, i ^ 1 << bit) for i in range(n) for bit in range(n.bit_length() - 1)]

@@ -52,7 +52,7 @@ def one_peer_exponential(n: int) -> Topology:
     Args:
         n: number of agents.
     """
-    check_count(n)
+    n = check_count(n)
     hops = [2**t for t in range((n - 1).bit_length())] or [0]
     return Topology("one_peer_exponential", np.stack([circulant(n, (-hop,)) for hop in hops]))
 

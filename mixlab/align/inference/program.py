@@ -182,7 +182,13 @@ class Program:
 
 
 def trace(fn: Callable[..., Any], *arguments: PyTree) -> Program:
-    """Traces `fn(*arguments)`; the program's inputs are the leaves of the arguments in order."""
+    """Traces `fn(*arguments)`; the program's inputs are the leaves of the arguments in order.
+
+    Raises:
+        TypeError: `fn` is no function.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn is a function of (variables, *inputs) such as model.apply, got {fn!r}")
     return Program(jax.make_jaxpr(fn)(*arguments))
 
 
