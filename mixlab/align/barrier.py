@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
+from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike, PyTree
+
+_ABOVE = ("line", "mean")
 
 
 class Barrier(NamedTuple):
@@ -18,8 +21,8 @@ class Barrier(NamedTuple):
         t: `[T]`, the share of the second model, from 0 to 1.
         values: metric -> `[T]`, its value there.
         barrier: metric -> the largest rise above the straight line between the values at the two
-            ends, in the metric's own unit; of a metric where more is better, the largest fall
-            below it. At least 0; NaN where the metric is NaN somewhere.
+            ends, or above their mean, in the metric's own unit; of a metric where more is better,
+            the largest fall below it. At least 0; NaN where the metric is NaN somewhere.
     """
 
     t: np.ndarray
@@ -35,6 +38,7 @@ def barrier(
     points: int = 25,
     post: Callable[[PyTree, tuple[PyTree, PyTree], Array], PyTree] | None = None,
     more_is_better: Collection[str] = ("accuracy",),
+    above: str = "line",
 ) -> dict[str, Barrier]:
     """Evaluates the models on the line between the reference and each of the others.
 
@@ -54,20 +58,25 @@ def barrier(
             `lambda merged, models, weights: repair(fn, merged, models, batches, weights=weights)`
             or `lambda merged, *_: reestimate_batch_stats(train, merged, batches)`.
         more_is_better: the metrics of which more is better; their barrier is a fall.
+        above: above what it is a rise: `"line"`, the straight line between the two ends, or
+            `"mean"`, the mean of the two, which a model worse than the other lies above itself.
 
     Returns:
         A `Barrier` for each of the others. Models are interpolated in float32 or wider and have
         the dtypes of the reference.
 
     Raises:
-        ValueError: fewer than 3 points, no other models, or one of another structure.
+        ValueError: fewer than 3 points, no other models, one of another structure, or an unknown
+            `above`.
         TypeError: `evaluate` does not return a mapping of single numbers.
 
     Source: the barrier over the linear interpolation of the two ends is that of Entezari et al.
     2022, "The role of permutation invariance in linear mode connectivity", definition 1. Frankle
     et al. 2020 and the figures of Git Re-Basin (Ainsworth et al. 2023) take the mean of the two
-    ends instead of the line, which is the same where both are equally good.
+    ends, which is the same where both are equally good.
     """
+    if above not in _ABOVE:
+        raise ValueError(f"above is unknown: {above!r}; {nearest(str(above), _ABOVE)}")
     if points < 3:
         raise ValueError(f"points must be at least 3, of which two are the ends, got {points}")
     if not others:
@@ -89,7 +98,7 @@ def barrier(
             rows.append(_checked(evaluate(model)))
         values = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
         heights = {
-            name: _height(t, -curve if name in more_is_better else curve)
+            name: _height(t, -curve if name in more_is_better else curve, above)
             for name, curve in values.items()
         }
         return Barrier(t, values, heights)
@@ -119,5 +128,6 @@ def _checked(metrics: Any) -> Mapping[str, ArrayLike]:
     return metrics
 
 
-def _height(t: np.ndarray, curve: np.ndarray) -> float:
+def _height(t: np.ndarray, curve: np.ndarray, above: str) -> float:
+    t = t if above == "line" else np.full_like(t, 0.5)
     return float(np.max(curve - ((1 - t) * curve[0] + t * curve[-1])))

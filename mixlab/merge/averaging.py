@@ -12,7 +12,7 @@ from mixlab.merge import core, patterns
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 
-def average(weights: patterns.PerLeaf | None = None) -> core.MergeMethod:
+def average(weights: patterns.PerLeaf | None = None, *, normalize: bool = True) -> core.MergeMethod:
     """The mean of the models, `sum_m w_m theta_m / sum_m w_m`.
 
     Every entry is averaged on its own; the plan holds the normalised weights `[M]`, by leaf where
@@ -23,6 +23,8 @@ def average(weights: patterns.PerLeaf | None = None) -> core.MergeMethod:
         weights: `[M]`, not negative, not all zero; they are divided by their sum. Default: equal.
             Or such weights for each pattern of leaf names, `{"encoder/*": [1, 0], "*": [1, 1]}`:
             a leaf takes the first pattern that it matches (`patterns.spread`).
+        normalize: False leaves out the division: the plain sum `sum_m w_m theta_m`, with weights
+            of any sign.
 
     Raises:
         ValueError: a weight is negative or not finite, all are zero, or there are not M; a leaf
@@ -32,14 +34,14 @@ def average(weights: patterns.PerLeaf | None = None) -> core.MergeMethod:
     Efficient Learning", algorithm 1 (weighted by the size of each client).
     """
     for given in patterns.values(weights):
-        core.check_weights(given, signed=False)
+        core.check_weights(given, signed=not normalize)
 
     def measure(models: PyTree, base: PyTree | None = None, key: Key | None = None) -> Plan:
         leaves = core.open_models(models, base).leaves
 
         def shares(given: ArrayLike | None) -> Array:
             w = core.per_model(given, leaves.num_models)
-            return w / jnp.sum(w)
+            return w / jnp.sum(w) if normalize else w
 
         return {"weights": patterns.spread(weights, leaves.specs, shares)}
 

@@ -81,6 +81,31 @@ class CompressedMasks:
 
         return opened.write(opened.leaves.map(merge).read)
 
+    def consensus(self, base: PyTree, k: ArrayLike = 2, scale: ArrayLike = 0.3) -> PyTree:
+        """One model of the entries that at least `k` tasks use.
+
+        Of the form of `tall_masks` what `consensus` with the same `lam` makes of the models, so
+        that `k` and `scale` can be chosen when the models are gone.
+
+        Args:
+            base: the model that they were fine-tuned from.
+            k: as in `consensus`.
+            scale: as in `consensus`.
+
+        Raises:
+            ValueError: the base has other leaves; the message names one. `k` or `scale` is out of
+                its range.
+        """
+        core.check_number(k, "k", 0.0)
+        core.check_number(scale, "scale")
+        opened, factor = self._opened(base), jnp.asarray(scale, float)
+
+        def merge(name: str, origin: Array) -> Array:
+            enough = jnp.sum(self.masks(name), axis=0, dtype=factor.dtype) >= k
+            return masks.unmask(origin[0], self.vector[name], enough, factor)
+
+        return opened.write(opened.leaves.map(merge).read)
+
     def _unpacked(self, name: str, bits: Array) -> Array:
         vector = self.vector[name]
         flat = jnp.unpackbits(bits, axis=-1, count=vector.size)
@@ -120,6 +145,8 @@ def compress(
         return method.parts(models, base, key)
     if not isinstance(method, masks.MaskMethod) or method.one_model:
         got = "one that makes one model" if isinstance(method, core.MergeMethod) else repr(method)
+        if isinstance(method, masks.MaskMethod):
+            got += "; of compressed tall_masks, .consensus(base, k, scale) makes that of consensus"
         raise TypeError(
             "compress takes a method that keeps something of every model: tall_masks, emr or "
             f"twin; got {got}"

@@ -45,6 +45,9 @@ def test_a_slope_is_no_barrier_and_more_may_be_better():
     up = align.barrier(slope, REFERENCE, {"b": OTHER}, points=3)["b"].barrier
     assert up["recall"] == 0
     assert np.isnan(up["nan"])
+    # The end that is worse lies above the mean of the two.
+    above = align.barrier(slope, REFERENCE, {"b": OTHER}, points=3, above="mean")["b"]
+    assert above.barrier["recall"] == pytest.approx(0.5)
 
     def valley(variables):
         t = variables["x"][0]
@@ -72,6 +75,8 @@ def test_models_between_the_ends_can_be_mended():
 def test_errors():
     with pytest.raises(ValueError, match="points must be at least 3"):
         align.barrier(evaluate, REFERENCE, {"b": OTHER}, points=2)
+    with pytest.raises(ValueError, match="did you mean 'mean'"):
+        align.barrier(evaluate, REFERENCE, {"b": OTHER}, above="means")
     with pytest.raises(ValueError, match="no other models"):
         align.barrier(evaluate, REFERENCE, {})
     with pytest.raises(ValueError, match="others maps names to variables"):

@@ -49,6 +49,15 @@ def test_masked_models_come_back_to_the_bit(text, dtype, tmp_path):
     assert_equal(found, method.masks(models, base=base))
 
 
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 4])
+def test_consensus_is_made_of_the_masks_without_the_models(k):
+    base, models = experts()
+    lam = [0.2, 0.4, 0.6]
+    compressed = merge.compress(merge.tall_masks(lam), models, base=base)
+    expected = merge.consensus(k, lam, 0.7)(models, base=base)
+    assert_equal(compressed.consensus(base, k, 0.7), expected)
+
+
 @pytest.mark.parametrize("compression", ["svd", "magnitude", "bernoulli"])
 def test_twin_merges_again_without_the_models(compression, tmp_path):
     base, models = experts()
@@ -123,9 +132,12 @@ def test_errors(tmp_path):
     compressed = merge.compress(merge.emr(), models, base=base)
     path = tmp_path / "models.npz"
     merge.save_compressed(path, compressed, base)
-    for method in (merge.average(), merge.consensus()):
+    for method, says in (
+        (merge.average(), "model$"),
+        (merge.consensus(), r"model; .*\.consensus\("),
+    ):
         with pytest.raises(
-            TypeError, match=r"tall_masks, emr or twin; got one that makes one model$"
+            TypeError, match=f"tall_masks, emr or twin; got one that makes one {says}"
         ):
             merge.compress(method, models, base=base)
     with pytest.raises(TypeError, match="got 'emr'"):

@@ -86,6 +86,14 @@ def test_average_normalizes_its_weights():
     np.testing.assert_allclose(merged["w0"], [2.0, 3.0])
 
 
+def test_a_sum_takes_weights_as_they_are():
+    found = merge.parse("average([0.5, -0.25], normalize=False)")(PAIR)
+    expected = jax.tree.map(lambda a, b: 0.5 * a - 0.25 * b, *PAIR)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    whole = merge.average(normalize=False)(PAIR)
+    jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(jnp.add, *PAIR))
+
+
 def test_rows_of_a_mixing_matrix_may_be_traced():
     stacked = {"w": jnp.arange(12.0).reshape(3, 4), "count": jnp.arange(3)}
     matrix = jnp.asarray([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0.25, 0.75]])
