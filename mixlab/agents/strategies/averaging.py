@@ -167,7 +167,8 @@ def dimat(
     takes the weighted mean; then BatchNorm statistics are re-estimated. All agents merge from the
     same snapshot. Images that all agents share are seen once by each model, for all pairs that it
     takes part in, and each pair is matched once; where every agent has its own, it runs its
-    neighbours' models on them.
+    neighbours' models on them. Which images those are is for the `Problem` to say; in a config it
+    is the field `matching_data`, one of `proxy`, `local` and `global`.
 
     Args:
         topology: who receives from whom, and the weights.
