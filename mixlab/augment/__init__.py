@@ -3,8 +3,10 @@
 Every constructor returns an `Augmentation`: `aug.sample(key, batch)` makes all the random decisions
 and returns them as a plan, `aug.apply(plan, batch)` carries them out, `aug(key, batch)` does both.
 A batch is a dict with `image` [B, H, W, C], uint8 or floating in [0, 1], and, for the ops that mix
-labels, a soft `label` [B, K]. Segmentation masks, bounding boxes and keypoints follow, see
-`augment.targets`; leaves that no op knows travel along. `augment.ops` has the single image ops.
+labels, a soft `label` [B, K]. `image` may also be videos [B, T, H, W, C], whose frames share every
+decision, and, for what is defined on them, 1-D signals [B, L, C], as images of height 1.
+Segmentation masks, bounding boxes and keypoints follow, see `augment.targets`; leaves that no op
+knows travel along. `augment.ops` has the single image ops.
 """
 
 from collections.abc import Callable

@@ -53,8 +53,9 @@ def image_of(batch: Batch, *, ranks: Sequence[int] = (4,)) -> Array:
     """The image of a batch, once the batch is known to be sound.
 
     Args:
-        batch: `image` [B, H, W, C], uint8 or floating; `label`, if any, of the same B.
-        ranks: the numbers of axes that `image` may have.
+        batch: `image`, uint8 or floating; `label`, if any, of the same B.
+        ranks: the numbers of axes that `image` may have: 3 for signals [B, L, C], 4 for images
+            [B, H, W, C], 5 for videos [B, T, H, W, C].
 
     Returns:
         `batch["image"]` as a JAX array.
@@ -81,11 +82,16 @@ def image_of(batch: Batch, *, ranks: Sequence[int] = (4,)) -> Array:
     return image
 
 
-def check_image(image: Array, ranks: Sequence[int], name: str) -> None:
-    """Raises unless `image` is uint8 or floating and has one of the given ranks."""
-    layouts = {3: "[H, W, C]", 4: "[B, H, W, C]", 5: "[B, T, H, W, C]"}
-    if ranks != (3, 4):
-        layouts[3] = "[B, L, C]"
+def check_image(image: Array, ranks: Sequence[int], name: str, *, batched: bool = True) -> None:
+    """Raises unless `image` is uint8 or floating and has one of the given ranks.
+
+    Three axes are a batch of signals or, if it need not be `batched`, a single image.
+    """
+    layouts = {
+        3: "[B, L, C]" if batched else "[H, W, C]",
+        4: "[B, H, W, C]",
+        5: "[B, T, H, W, C]",
+    }
     if image.ndim not in ranks:
         accepted = " or ".join(layouts[rank] for rank in ranks)
         raise ValueError(f"{name!r} must be {accepted}, got the shape {image.shape}")
@@ -145,6 +151,26 @@ def unfused(product: Array) -> Array:
 def along_batch(x: Any, like: Array) -> Array:
     """Reshapes [B] to [B, 1, 1, ...] with the rank of `like`."""
     return trees.along(jnp.asarray(x), like)
+
+
+def size_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of a batch of images, videos, or signals (height 1)."""
+    return (1, shape[1]) if len(shape) == 3 else (shape[-3], shape[-2])
+
+
+def in_layout(x: Array, image: Array) -> Array:
+    """Lets what each pixel is given, [B, H, W, ...], broadcast to signals, images or videos."""
+    return x[:, 0] if image.ndim == 3 else x[:, None] if image.ndim == 5 else x
+
+
+def as_images(fn: Callable[[Array], Array], image: Array) -> Array:
+    """Applies a function of images [B, H, W, C] to signals of height 1, images or videos.
+
+    What `fn` decides, or was told, about an example holds for all frames of it.
+    """
+    if image.ndim == 3:
+        return fn(image[:, None])[:, 0]
+    return jax.vmap(fn, in_axes=1, out_axes=1)(image) if image.ndim == 5 else fn(image)
 
 
 def check_probability(name: str, value: float) -> None:

@@ -10,8 +10,10 @@ from mixlab.augment import targets
 from mixlab.augment.core import (
     Augmentation,
     along_batch,
+    as_images,
     check_probability,
     image_of,
+    size_of,
     working_dtype,
 )
 from mixlab.augment.ops.resized import check_interpolation, pair_of, resized_boxes
@@ -31,16 +33,18 @@ def random_crop(
 ) -> Augmentation:
     """Pads the image on all sides and crops it at a uniform position, drawn for each example.
 
-    Equals torchvision `RandomCrop(size, padding, padding_mode=mode)` given the same offset.
+    Equals torchvision `RandomCrop(size, padding, padding_mode=mode)` given the same offset. 1-D
+    signals are padded and cropped along their length, as images of height 1.
 
     Args:
-        size: height and width of the result, one number for both, or None for the image's own.
-        padding: pixels added on each of the four sides.
+        size: height and width of the result, one number for both (for signals: their length), or
+            None for the image's own.
+        padding: pixels added on each of the four sides; at the two ends of a signal.
         mode: `"constant"` pads with 0; `"reflect"` mirrors without repeating the border.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `offset` int32 [B, 2], top and left of
-        the crop in the padded image.
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] or [B, L, C] with the plan `offset`
+        int32 [B, 2], top and left of the crop in the padded image.
 
     Raises:
         ValueError: an unknown mode, a negative padding, or (when applied) a crop larger than the
@@ -55,42 +59,50 @@ def random_crop(
     if wanted is not None and (len(wanted) != 2 or min(wanted) < 1):
         raise ValueError(f"size is one positive number or a pair, got {size!r}")
 
-    def crop_size(image: Array) -> tuple[int, int]:
-        height, width = wanted or image.shape[1:3]
-        if height > image.shape[1] + 2 * padding or width > image.shape[2] + 2 * padding:
+    def axes_of(image: Array) -> list[tuple[int, int, int]]:
+        """Pixels, padding and pixels of the crop, of rows and of columns."""
+        signal = image.ndim == 3
+        height, width = size_of(image.shape)
+        rows, columns = wanted or (height, width)
+        if signal and isinstance(size, int):
+            rows = 1
+        above = 0 if signal else padding
+        if rows > height + 2 * above or columns > width + 2 * padding:
             raise ValueError(
-                f"a crop of {height} x {width} does not fit into an image of {image.shape[1]} x "
-                f"{image.shape[2]} with padding {padding}; raise the padding or lower the size"
+                f"a crop of {rows} x {columns} does not fit into an image of {height} x {width} "
+                f"with padding {padding}; raise the padding or lower the size"
             )
-        if mode == "reflect" and padding >= min(image.shape[1:3]):
+        if mode == "reflect" and (above >= height or padding >= width):
             raise ValueError(
                 f"reflecting {padding} pixels takes an image of at least {padding + 1} pixels a "
-                f"side, got {image.shape[1]} x {image.shape[2]}"
+                f"side, got {height} x {width}"
             )
-        return height, width
+        return [(height, above, rows), (width, padding, columns)]
 
     def sample(key: Key, batch: Batch) -> Plan:
-        image = image_of(batch)
-        room = [
-            n + 2 * padding - m + 1 for n, m in zip(image.shape[1:3], crop_size(image), strict=True)
-        ]
+        image = image_of(batch, ranks=(3, 4, 5))
+        room = [full + 2 * border - length + 1 for full, border, length in axes_of(image)]
         offset = jax.random.randint(
             key, (image.shape[0], 2), 0, jnp.asarray(room, jnp.int32), jnp.int32
         )
         return {"offset": offset}
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        image = image_of(batch)
+        image = image_of(batch, ranks=(3, 4, 5))
         offset = jnp.broadcast_to(jnp.asarray(plan["offset"], jnp.int32), (image.shape[0], 2))
-        start, length = offset - padding, crop_size(image)
+        _, border, length = zip(*axes_of(image), strict=True)
+        start = offset - np.asarray(border, np.int32)
 
         def crop(x: Array) -> Array:
             for axis in (0, 1):
                 x = _crop_axis(x, start[:, axis], length[axis], axis + 1, mode)
             return x
 
+        def move(x: Array) -> Array:
+            return as_images(crop, x)
+
         moved = targets.upright_matrix(offset=(start[:, 0], start[:, 1]), size=len(start))
-        return targets.follow(batch, crop(image), crop, [moved])
+        return targets.follow(batch, move(image), move, [moved])
 
     return Augmentation(sample, apply)
 
@@ -228,7 +240,7 @@ def follow_box(batch: Batch, image: Array, box: Array, size: tuple[int, int]) ->
 
 
 def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augmentation:
-    """Mirrors examples left to right, or upside down.
+    """Mirrors examples left to right, or upside down; 1-D signals along their length.
 
     Equals torchvision `RandomHorizontalFlip` and `RandomVerticalFlip`, with a draw an example.
     Keypoints move, and keep their order: which of them is left and which right is the caller's.
@@ -238,20 +250,22 @@ def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augmentation:
         vertical: exchange top and bottom rather than left and right.
 
     Returns:
-        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `use` bool [B].
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] or, unless `vertical`, [B, L, C]
+        with the plan `use` bool [B].
 
     Raises:
         ValueError: `p` is no probability.
     """
     check_probability("p", p)
     axis = -3 if vertical else -2
+    ranks = (4, 5) if vertical else (3, 4, 5)
 
     def sample(key: Key, batch: Batch) -> Plan:
-        size = image_of(batch, ranks=(4, 5)).shape[0]
+        size = image_of(batch, ranks=ranks).shape[0]
         return {"use": jax.random.uniform(key, (size,)) < p}
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        image = image_of(batch, ranks=(4, 5))
+        image = image_of(batch, ranks=ranks)
         use = jnp.broadcast_to(jnp.asarray(plan["use"]), image.shape[:1])
 
         def flip(x: Array) -> Array:

@@ -11,6 +11,8 @@ from mixlab.augment.core import (
     along_batch,
     check_probability,
     image_of,
+    in_layout,
+    size_of,
     to_dtype,
     working_dtype,
 )
@@ -31,7 +33,7 @@ def cutout(
     """Cutout: paints a square over every image, around a uniform pixel and clipped to the image.
 
     Equals the released code: the square reaches `size // 2` to either side of its centre, so an odd
-    size loses a pixel.
+    size loses a pixel. Of 1-D signals a segment is painted over.
 
     Args:
         size: side of the square in pixels, or height and width.
@@ -41,9 +43,10 @@ def cutout(
         per_batch: the same square for the whole batch instead of one an example.
 
     Returns:
-        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `box` int32 [B, 4],
-        half-open (top, left, bottom, right), or [B, count, 4] for more than one; `use` bool [B].
-        Labels stay as they are, and so do masks, boxes and keypoints.
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] or [B, L, C] (as images of height 1)
+        with the plan `box` int32 [B, 4], half-open (top, left, bottom, right), or [B, count, 4] for
+        more than one; `use` bool [B]. Labels stay as they are, and so do masks, boxes and
+        keypoints.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -55,9 +58,9 @@ def cutout(
     if len(sides) != 2 or min(sides) < 0:
         raise ValueError(f"size is a number of pixels, at least 0, or a pair, got {size!r}")
 
-    def decide(key: Key, shape: tuple[int, int], extent: tuple[int, int]) -> Array:
-        length = jnp.asarray(extent, jnp.int32)
-        center = jax.random.randint(key, (*shape, 2), 0, length, jnp.int32)
+    def decide(key: Key, draws: tuple[int, int], shape: tuple[int, ...]) -> Array:
+        length = jnp.asarray(size_of(shape), jnp.int32)
+        center = jax.random.randint(key, (*draws, 2), 0, length, jnp.int32)
         half = jnp.asarray(sides, jnp.int32) // 2
         corners = [jnp.clip(c, 0, length) for c in (center - half, center + half)]
         return jnp.concatenate(corners, axis=-1)
@@ -80,12 +83,12 @@ def random_erasing(
     The area is uniform, the logarithm of height over width too; a box that does not fit strictly
     into the image is drawn again, ten times at most, and then left out. Sides are rounded, the
     corner is uniform. The defaults and the law are timm's; `area=(0.02, 0.33), ratio=(0.3, 3.3)` is
-    torchvision.
+    torchvision. Of 1-D signals a segment of that share of the length is painted over.
 
     Args:
         prob: probability that an example (the batch, if `per_batch`) is painted over.
         area: range of the share of the image, divided by `count`.
-        ratio: range of height over width.
+        ratio: range of height over width; signals do not use it.
         value: the colour, one number or one a channel, on the scale 0..255 for floating images too;
             `"channel"`: a normal draw a channel (timm's `rand`); `"pixel"`: one a pixel and channel
             (timm's `pixel`, torchvision's `random`).
@@ -96,9 +99,10 @@ def random_erasing(
         per_batch: the same boxes for the whole batch instead of one draw an example.
 
     Returns:
-        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `box` int32 [B, 4],
-        half-open (top, left, bottom, right), or [B, count, 4] for more than one, empty if none
-        fitted; `use` bool [B]; if values are drawn, `noise` float32 [B, 1, 1, C] or [B, H, W, C].
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] or [B, L, C] (as images of height 1)
+        with the plan `box` int32 [B, 4], half-open (top, left, bottom, right), or [B, count, 4] for
+        more than one, empty if none fitted; `use` bool [B]; if values are drawn, `noise` float32
+        [B, 1, 1, C] or [B, H, W, C].
 
     Raises:
         ValueError: an argument is out of its range.
@@ -113,17 +117,20 @@ def random_erasing(
     if len(noise) != 2 or not (np.isfinite(noise[0]) and 0.0 <= noise[1] < np.inf):
         raise ValueError(f"noise is a finite mean and a standard deviation >= 0, got {noise!r}")
 
-    def decide(key: Key, shape: tuple[int, int], extent: tuple[int, int]) -> Array:
+    def decide(key: Key, draws: tuple[int, int], shape: tuple[int, ...]) -> Array:
         area_key, ratio_key, corner_key = jax.random.split(key, 3)
-        draws = (*shape, _ATTEMPTS)
-        share = jax.random.uniform(area_key, draws, minval=area[0], maxval=area[1])
+        extent, signal, tries = size_of(shape), len(shape) == 3, (*draws, _ATTEMPTS)
+        share = jax.random.uniform(area_key, tries, minval=area[0], maxval=area[1])
         low, high = np.log(ratio)
-        aspect = jnp.exp(jax.random.uniform(ratio_key, draws, minval=low, maxval=high))
+        aspect = jnp.exp(jax.random.uniform(ratio_key, tries, minval=low, maxval=high))
         pixels = share * float(extent[0] * extent[1] / count)
-        side = jnp.stack([jnp.sqrt(pixels * aspect), jnp.sqrt(pixels / aspect)], axis=-1)
-        side = jnp.round(side).astype(jnp.int32)
+        sides = [jnp.sqrt(pixels * aspect), jnp.sqrt(pixels / aspect)]
+        if signal:
+            sides = [jnp.ones_like(pixels), pixels]
+        side = jnp.round(jnp.stack(sides, axis=-1)).astype(jnp.int32)
         length = jnp.asarray(extent, jnp.int32)
-        fits = jnp.all(side < length, axis=-1)
+        # A segment has the height of the signal, so that only its other side can be too long.
+        fits = jnp.all((side < length)[..., int(signal) :], axis=-1)
         first = jnp.argmax(fits, axis=-1)[..., None, None]
         side = jnp.take_along_axis(side, first, axis=-2)[..., 0, :]
         side = jnp.where(jnp.any(fits, axis=-1)[..., None], side, 0)
@@ -134,14 +141,14 @@ def random_erasing(
 
 
 def _erasing(
-    decide: Callable[[Key, tuple[int, int], tuple[int, int]], Array],
+    decide: Callable[[Key, tuple[int, int], tuple[int, ...]], Array],
     count: int,
     value: float | Sequence[float] | str,
     noise: tuple[float, float],
     prob: float,
     per_batch: bool,
 ) -> Augmentation:
-    """The frame of both: `decide(key, (n, count), (H, W))` draws the boxes, [n, count, 4]."""
+    """The frame of both: `decide(key, (n, count), image shape)` draws the boxes, [n, count, 4]."""
     check_probability("prob", prob)
     if count < 1 or count != int(count):
         raise ValueError(f"count is a whole number of at least 1, got {count!r}")
@@ -149,27 +156,27 @@ def _erasing(
         raise ValueError(f"value is a colour, 'channel' or 'pixel', got {value!r}")
 
     def sample(key: Key, batch: Batch) -> Plan:
-        image = image_of(batch, ranks=(4, 5))
-        size, (height, width, channels) = image.shape[0], image.shape[-3:]
+        image = image_of(batch, ranks=(3, 4, 5))
+        size, channels = image.shape[0], image.shape[-1]
         draws = 1 if per_batch else size
         box_key, use_key, noise_key = jax.random.split(key, 3)
-        box = decide(box_key, (draws, count), (height, width))
+        box = decide(box_key, (draws, count), image.shape)
         plan = {
             "box": box[:, 0] if count == 1 else box,
             "use": jax.random.uniform(use_key, (draws,)) < prob,
         }
         if isinstance(value, str):
-            extent = (1, 1) if value == "channel" else (height, width)
+            extent = (1, 1) if value == "channel" else size_of(image.shape)
             drawn = jax.random.normal(noise_key, (draws, *extent, channels), jnp.float32)
             plan["noise"] = noise[0] + noise[1] * drawn
         return {name: jnp.broadcast_to(x, (size, *x.shape[1:])) for name, x in plan.items()}
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        image = image_of(batch, ranks=(4, 5))
-        size, (height, width, channels) = image.shape[0], image.shape[-3:]
+        image = image_of(batch, ranks=(3, 4, 5))
+        size, channels = image.shape[0], image.shape[-1]
         box = jnp.asarray(plan["box"], jnp.int32).reshape(-1, count, 4)
         use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
-        erased = jnp.any(inside(box, (height, width)), axis=1) & along_batch(use, box)
+        erased = jnp.any(inside(box, size_of(image.shape)), axis=1) & along_batch(use, box)
         dtype = working_dtype(image.dtype)
         scale = 255.0 if image.dtype == jnp.uint8 else 1.0
         if isinstance(value, str):
@@ -182,9 +189,8 @@ def _erasing(
                     "channels"
                 )
             paint = jnp.asarray(color, dtype)[None, None, None]
-        erased, paint = erased[..., None], to_dtype(paint, image.dtype)
-        if image.ndim == 5:
-            erased, paint = erased[:, None], paint[:, None]
+        paint = in_layout(to_dtype(paint, image.dtype), image)
+        erased = in_layout(erased[..., None], image)
         return {**batch, "image": jnp.where(erased, paint, image)}
 
     return Augmentation(sample, apply)

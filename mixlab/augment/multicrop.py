@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mixlab.augment.core import Augmentation, check_augmentations, identity, image_of
+from mixlab.augment.core import Augmentation, check_augmentations, identity, image_of, size_of
 from mixlab.augment.crops import check_area, random_boxes
 from mixlab.augment.ops.resized import check_interpolation, pair_of, resized_boxes
 from mixlab.augment.targets import refuse
@@ -51,11 +51,12 @@ def multi_crop(
         antialias: widen the filter where the crop is larger than the result, see `ops.resize`.
 
     Returns:
-        An augmentation of images [B, H, W, C] after which `image` is [B, counts[0], S, S, C] and,
-        if there are small crops, `local` is [B, counts[1], s, s, C]; other leaves stay as they
-        are. The plan has `box` int32 [B, sum(counts), 4], half-open (top, left, bottom, right), the
-        large crops first, and `"0"`, `"1"`, ..., the plans of `then` for the large crops (a part
-        for each, or one for all, [B * counts[0]]) and last for the small ones, [B * counts[1]].
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] after which `image` is
+        [B, counts[0], (T,) S, S, C] and, if there are small crops, `local` is
+        [B, counts[1], (T,) s, s, C]; other leaves stay as they are. The plan has `box` int32
+        [B, sum(counts), 4], half-open (top, left, bottom, right), the large crops first, and
+        `"0"`, `"1"`, ..., the plans of `then` for the large crops (a part for each, or one for all,
+        [B * counts[0]]) and last for the small ones, [B * counts[1]].
 
     Raises:
         ValueError: an argument is out of its range, `then` has the wrong number of parts, or (when
@@ -92,17 +93,15 @@ def multi_crop(
     augs = augs * len(parts) if len(augs) == 1 else augs
 
     def boxes(key: Key, batch: Batch) -> Array:
-        shape = image_of(batch).shape
+        shape = image_of(batch, ranks=(4, 5)).shape
         drawn = [
-            random_boxes(
-                jax.random.fold_in(key, i), (shape[0], n), (shape[1], shape[2]), scale, ratio
-            )
+            random_boxes(jax.random.fold_in(key, i), (shape[0], n), size_of(shape), scale, ratio)
             for i, (n, scale) in enumerate(zip(counts, scales, strict=True))
         ]
         return jnp.concatenate(drawn, axis=1)
 
     def crops(box: Any, batch: Batch) -> list[tuple[Augmentation, Batch]]:
-        image = image_of(batch)
+        image = image_of(batch, ranks=(4, 5))
         refuse(batch, ("mask", "boxes", "keypoints"), "multi_crop makes views of two sizes")
         box = jnp.broadcast_to(jnp.asarray(box, jnp.int32), (len(image), large + small, 4))
         cut = [
@@ -115,7 +114,7 @@ def multi_crop(
         return list(zip(augs, batches, strict=True))
 
     def joined(batch: Batch, results: Sequence[Batch]) -> Batch:
-        size = len(image_of(batch))
+        size = len(image_of(batch, ranks=(4, 5)))
         cut = [r["image"].reshape(size, -1, *r["image"].shape[1:]) for r in results]
         if not small:
             return {**batch, "image": jnp.concatenate(cut, axis=1)}

@@ -32,7 +32,7 @@ from mixlab.augment.core import working_dtype
 from mixlab.types import Array, Batch
 
 Move = Callable[[Array], Array]
-"""Moves pixels without interpolating: [B, H, W, M] to [B, H', W', M]."""
+"""Moves pixels without interpolating: [B, H, W, M] to [B, H', W', M], videos likewise."""
 
 
 def mask_of(batch: Batch, image: Array) -> Array | None:

@@ -43,6 +43,7 @@ def test_batch_is_image_by_image(name):
     out = run(name, batch)
     assert out.dtype == jnp.uint8
     np.testing.assert_array_equal(out[1], run(name, batch[1]))
+    np.testing.assert_array_equal(run(name, batch[:, None]), out[:, None])
 
 
 @every
@@ -125,8 +126,9 @@ def test_refusals():
         ops.rotate(photo(), 3, dialect="pill")
     with pytest.raises(ValueError, match="3 channels"):
         ops.rotate(photo(), 3, fill=(1, 2))
-    with pytest.raises(ValueError, match=r"\[H, W, C\]"):
-        ops.invert(photo()[..., 0])
+    for image in (photo()[..., 0], photo()[None, None, None]):
+        with pytest.raises(ValueError, match=r"\[H, W, C\] or \[B, H, W, C\] or \[B, T, H, W, C\]"):
+            ops.invert(image)
     with pytest.raises(TypeError, match="int32"):
         ops.invert(photo().astype(jnp.int32))
 

@@ -238,17 +238,36 @@ def test_resizemix_shrinks_the_partners_boxes():
     assert (out["box_weight"][0] == [1, 1, 0, 0]).all()
 
 
-def test_videos_and_signals():
+SPATIAL = ["random_crop(6, 2)", "jigsaw((1, 4))", "cutmix", "patchmix(3)", "resizemix"]
+
+
+@pytest.mark.parametrize("channels", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        *[((4, 8, 8), text) for text in (*SPATIAL, "random_flip(vertical=True)")],
+        *[((4, 8, 8), text) for text in ("gridmix", "mosaic", "fmix", "random_resized_crop(6)")],
+        *[((20,), text) for text in (*SPATIAL, "random_flip", "fmix")],
+    ],
+)
+def test_masks_follow_videos_and_signals(shape, text, channels):
     rng = np.random.default_rng(0)
-    video = jnp.asarray(rng.integers(0, 255, (3, 4, 8, 8, 1)), jnp.uint8)
-    signal = jnp.asarray(rng.integers(0, 255, (3, 20, 1)), jnp.uint8)
-    for image, texts in (
-        (video, ["cutmix", "fmix", "random_flip"]),
-        (signal, ["cutmix", "fmix"]),
-    ):
-        for text in texts:
-            out = augment.parse(text)(KEY, {"image": image, "mask": image[..., 0]})
-            np.testing.assert_array_equal(out["mask"], out["image"][..., 0])
+    image = jnp.asarray(rng.integers(0, 255, (3, *shape, 1)), jnp.uint8)
+    if "resized_crop" in text:
+        text = text.replace(")", ", interpolation='nearest')")
+    mask = image if channels else image[..., 0]
+    out = augment.parse(text)(KEY, {"image": image, "mask": mask})
+    assert out["image"].shape != image.shape or (out["image"] != image).any()
+    np.testing.assert_array_equal(out["mask"], out["image"] if channels else out["image"][..., 0])
+
+
+@pytest.mark.parametrize("dialect", ["timm", "torchvision", "google"])
+def test_masks_follow_policies_of_videos(dialect):
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.integers(0, 255, (B, 3, H, W, 1)), jnp.uint8)
+    out = jax.jit(geometry(dialect))(KEY, {"image": image, "mask": image[..., 0]})
+    assert (out["image"] != image).any(axis=(1, 2, 3, 4)).sum() > B // 2
+    np.testing.assert_array_equal(out["mask"], out["image"][..., 0])
 
 
 @pytest.mark.parametrize(
@@ -268,8 +287,14 @@ def test_errors(leaf, value, error, says):
     if leaf in ("boxes", "keypoints"):
         with pytest.raises(ValueError, match="jigsaw"):
             augment.jigsaw(2)(KEY, batch)
-        with pytest.raises(ValueError, match=r"\[B, H, W, C\]"):
-            augment.cutmix()(KEY, {"image": jnp.zeros((B, 2, H, W, 1)), leaf: value})
+        for image in (jnp.zeros((B, 2, H, W, 1)), jnp.zeros((B, W, 1))):
+            for text in ("cutmix", "random_crop", "random_flip", "resizemix"):
+                with pytest.raises(ValueError, match=r"go with images \[B, H, W, C\]"):
+                    augment.parse(text)(KEY, {"image": image, leaf: value})
+        video = {"image": jnp.zeros((B, 2, H, W, 1)), leaf: value}
+        for text in ("mosaic", "randaugment"):
+            with pytest.raises(ValueError, match=r"go with images \[B, H, W, C\]"):
+                jax.eval_shape(augment.parse(text), KEY, video)
 
 
 def test_mixing_boxes_now_and_then_takes_prob():

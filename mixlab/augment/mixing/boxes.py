@@ -3,7 +3,15 @@
 import jax.numpy as jnp
 
 from mixlab import random
-from mixlab.augment.core import Augmentation, to_dtype, unfused, working_dtype
+from mixlab.augment.core import (
+    Augmentation,
+    as_images,
+    in_layout,
+    size_of,
+    to_dtype,
+    unfused,
+    working_dtype,
+)
 from mixlab.augment.mixing.frame import (
     Mixed,
     beta,
@@ -137,7 +145,7 @@ def cutmix(
 
     def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
         del key
-        size, place = _size_of(shape), u[:2].T
+        size, place = size_of(shape), u[:2].T
         if minmax is not None:
             box = _minmax_box(place, u[2:].T, size, minmax)
             return {"box": box, "lam": share_outside(box, size)}
@@ -168,7 +176,7 @@ def cutmix(
 
 def _paste(plan: Plan, image: Array, partner: Array) -> Mixed:
     """Pastes the box of the partner, and weighs the labels by what it leaves."""
-    size, channels = _size_of(image.shape), image.shape[-1]
+    size, channels = size_of(image.shape), image.shape[-1]
     box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
     keep = ~inside(box, size)
 
@@ -179,11 +187,7 @@ def _paste(plan: Plan, image: Array, partner: Array) -> Mixed:
     wide = box * jnp.asarray((1, channels, 1, channels), jnp.int32)
     pasted = inside(wide, (size[0], size[1] * channels))
     mixed = jnp.where(pasted[:, None], flat(partner), flat(image)).reshape(image.shape)
-    if image.ndim == 3:
-        keep = keep[:, 0]
-    if image.ndim == 5:
-        keep = keep[:, None]
-    return Mixed(mixed, share_outside(box, size), keep)
+    return Mixed(mixed, share_outside(box, size), in_layout(keep, image))
 
 
 def patchmix(
@@ -204,7 +208,8 @@ def patchmix(
         pairing: `"permutation"`, `"flip"`, `"roll"`, `"pair"` or `"half"`, see `mixed_sample`.
 
     Returns:
-        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan of `cutmix`.
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] or [B, L, C] with the plan of
+        `cutmix`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -217,7 +222,7 @@ def patchmix(
 
     def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
         del key
-        extent = _size_of(shape)
+        extent = size_of(shape)
         side = jnp.minimum(jnp.asarray(sides, jnp.int32), jnp.asarray(extent, jnp.int32))
         box = _inner_box(u.T, jnp.broadcast_to(side, u.T.shape), extent)
         return {"box": box, "lam": share_outside(box, extent)}
@@ -229,14 +234,9 @@ def patchmix(
         per_batch=per_batch,
         prob=prob,
         pairing=pairing,
-        ranks=(4, 5),
+        ranks=(3, 4, 5),
         whole=True,
     )
-
-
-def _size_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of a batch of images, videos, or signals (height 1)."""
-    return (1, shape[1]) if len(shape) == 3 else (shape[-3], shape[-2])
 
 
 def _sides(lam: Array, size: tuple[int, int], signal: bool) -> Array:
@@ -284,7 +284,8 @@ def resizemix(
 
     The sides of the box are int(L * tau), at least one pixel, around a uniform centre and clipped
     to the image; the partner is resized into the clipped box. Equals OpenMixup on square images;
-    on others OpenMixup confuses rows and columns, and this does not.
+    on others OpenMixup confuses rows and columns, and this does not. Of 1-D signals the partner is
+    resampled into a segment.
 
     Args:
         scope: smallest and largest tau.
@@ -297,9 +298,10 @@ def resizemix(
         pairing: `"permutation"`, `"flip"`, `"roll"`, `"pair"` or `"half"`, see `mixed_sample`.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `partner` int32 [B]; `box` int32
-        [B, 4], half-open (top, left, bottom, right); `lam` float32 [B], 1 - area / (H * W);
-        `use` bool [B]. `apply` takes the weight of the label from `box`.
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] (one box for all T) or [B, L, C] (as
+        images of height 1) with the plan `partner` int32 [B]; `box` int32 [B, 4], half-open (top,
+        left, bottom, right); `lam` float32 [B], 1 - area / (H * W); `use` bool [B]. `apply` takes
+        the weight of the label from `box`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -322,7 +324,7 @@ def resizemix(
         if alpha == 0.0:
             count = u.shape[1]
             return {"box": jnp.zeros((count, 4), jnp.int32), "lam": jnp.ones(count, jnp.float32)}
-        size = (shape[1], shape[2])
+        size = size_of(shape)
         tau = scope[0] + (scope[1] - scope[0]) * u[2]
         if alpha is not None:
             drawn = beta(u[3:], alpha)
@@ -331,25 +333,29 @@ def resizemix(
         return {"box": box, "lam": share_outside(box, size)}
 
     def blend(plan: Plan, image: Array, partner: Array) -> Mixed:
-        size = (image.shape[1], image.shape[2])
+        size = size_of(image.shape)
         box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
 
         def resized(x: Array, bilinear: bool = False) -> Array:
-            for axis in (1, 0):
-                x = _resize_into(x, box[:, axis], box[:, axis + 2], axis + 1, bilinear)
-            return x
+            def into_box(x: Array) -> Array:
+                for axis in (1, 0):
+                    x = _resize_into(x, box[:, axis], box[:, axis + 2], axis + 1, bilinear)
+                return x
+
+            return as_images(into_box, x)
 
         def placed(points: Array) -> Array:
             low, high = (box[:, None, i : i + 2].astype(points.dtype) for i in (0, 2))
             return low + points * ((high - low) / jnp.asarray(size, points.dtype))
 
-        keep = ~inside(box, size)
+        keep = in_layout(~inside(box, size), image)
         if interpolation == "bilinear":
             small = to_dtype(resized(partner, bilinear=True), image.dtype)
             out = jnp.where(keep[..., None], image, small)
         else:
             partners = jnp.broadcast_to(jnp.asarray(plan["partner"], jnp.int32), keep.shape[:1])
-            out = _shrunk(image, jnp.clip(partners, 0, len(keep) - 1), box)
+            partners = jnp.clip(partners, 0, len(keep) - 1)
+            out = as_images(lambda x: _shrunk(x, partners, box), image)
         return Mixed(out, share_outside(box, size), keep, (resized, placed))
 
     return mixed_sample(
@@ -359,6 +365,7 @@ def resizemix(
         per_batch=per_batch,
         prob=prob,
         pairing=pairing,
+        ranks=(3, 4, 5),
         whole=True,
     )
 

@@ -36,8 +36,8 @@ class Mixed(NamedTuple):
         lam: [B], the weight of the example's own label.
         keep: the weight of the own pixel, float or bool: the image's shape without channels, or
             what broadcasts to it.
-        moves: how the partner's pixels [B, H, W, M], not interpolated, and its points [B, n, 2]
-            came to where they are; None if they stay.
+        moves: how the partner's pixels, of the image's shape but for their M channels and not
+            interpolated, and its points [B, n, 2] came to where they are; None if they stay.
     """
 
     image: Array

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import random
-from mixlab.augment.core import Augmentation
+from mixlab.augment.core import Augmentation, in_layout, size_of
 from mixlab.augment.mixing.frame import (
+    Mixed,
     beta,
     blend_by_mask,
     check_alpha,
@@ -16,6 +17,13 @@ from mixlab.types import Array, ArrayLike, Key, Plan
 
 Range = float | tuple[float, float]
 """One number, or the smallest and largest of a uniform law."""
+
+
+def _blend(plan: Plan, image: Array, partner: Array) -> Mixed:
+    """Blends by a mask [B, H, W] that all frames of a video share."""
+    mask = jnp.asarray(plan["mask"])
+    mask = jnp.broadcast_to(mask, (len(image), *mask.shape[-2:]))
+    return blend_by_mask({**plan, "mask": in_layout(mask, image)}, image, partner)
 
 
 def smoothmix_mask(center: ArrayLike, sigma: ArrayLike, size: tuple[int, int]) -> Array:
@@ -51,19 +59,21 @@ def smoothmix(
 
     `out = mask * x + (1 - mask) * x[partner]`, see `smoothmix_mask`. The centre is uniform over the
     image. The weight of the own label is the mean of the mask; OpenMixup gives it the partner's.
+    Of 1-D signals a soft segment is shown.
 
     Args:
         spread: range of the disc's standard deviation, as a share of the side of a square image of
-            the same area.
+            the same area, or of the length of a signal.
         swapped_label: give each label the other's weight, to reproduce OpenMixup's results.
         per_batch: one disc for the whole batch (as OpenMixup) instead of one an example.
         prob: probability that an example (the batch, if `per_batch`) is mixed.
         pairing: `"permutation"`, `"flip"`, `"roll"`, `"pair"` or `"half"`, see `mixed_sample`.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `partner` int32 [B]; `mask` float32
-        [B, H, W], the weight of the own pixel; `lam` float32 [B], its mean (one minus that, if
-        `swapped_label`); `use` bool [B].
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] (one disc for all T) or [B, L, C]
+        (as images of height 1) with the plan `partner` int32 [B]; `mask` float32 [B, H, W], the
+        weight of the own pixel; `lam` float32 [B], its mean (one minus that, if `swapped_label`);
+        `use` bool [B].
 
     Raises:
         ValueError: an argument is out of its range.
@@ -77,15 +87,24 @@ def smoothmix(
 
     def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
         del key
-        size = (shape[1], shape[2])
-        center = random.whole_number(u[:2].T, size)
+        height, width = size = size_of(shape)
+        side, center = float(np.sqrt(height * width)), random.whole_number(u[:2].T, size)
+        if len(shape) == 3:
+            # In the middle of the one row: distances are those along the signal.
+            side, center = float(width), center.astype(jnp.float32).at[:, 0].set(0.5)
         sigma = low + (high - low) * u[2]
-        mask = smoothmix_mask(center, sigma * float(np.sqrt(size[0] * size[1])), size)
+        mask = smoothmix_mask(center, sigma * side, size)
         share = jnp.mean(mask, axis=(1, 2))
         return {"mask": mask, "lam": 1.0 - share if swapped_label else share}
 
     return mixed_sample(
-        decide, blend_by_mask, uniforms=3, per_batch=per_batch, prob=prob, pairing=pairing
+        decide,
+        _blend,
+        uniforms=3,
+        per_batch=per_batch,
+        prob=prob,
+        pairing=pairing,
+        ranks=(3, 4, 5),
     )
 
 
@@ -181,8 +200,9 @@ def gridmix(
         pairing: `"permutation"`, `"flip"`, `"roll"`, `"pair"` or `"half"`, see `mixed_sample`.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `partner` int32 [B]; `mask` float32
-        [B, H, W], 1 = own pixel; `lam` float32 [B], its mean; `use` bool [B].
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] (one grid for all T) with the plan
+        `partner` int32 [B]; `mask` float32 [B, H, W], 1 = own pixel; `lam` float32 [B], its mean;
+        `use` bool [B].
 
     Raises:
         ValueError: an argument is out of its range.
@@ -209,7 +229,7 @@ def gridmix(
         mask = gridmix_mask(
             beta(u[6:], alpha),
             u[:2].T,
-            (shape[1], shape[2]),
+            size_of(shape),
             holes=random.whole_number(u[2], int(most) + 1 - int(fewest)) + int(fewest),
             **drawn,
         ).astype(jnp.float32)
@@ -217,11 +237,12 @@ def gridmix(
 
     return mixed_sample(
         decide,
-        blend_by_mask,
+        _blend,
         uniforms=6 + num_uniforms(alpha),
         per_batch=per_batch,
         prob=prob,
         pairing=pairing,
+        ranks=(4, 5),
         whole=True,
     )
 

@@ -7,8 +7,10 @@ from mixlab.augment import targets
 from mixlab.augment.core import (
     Augmentation,
     along_batch,
+    as_images,
     check_probability,
     image_of,
+    size_of,
     soft_label_of,
     working_dtype,
 )
@@ -31,9 +33,10 @@ def mosaic(
         per_batch: one window for the whole batch instead of one an example.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `partner` int32 [B, 3]; `corner` int32
-        [B, 2], top and left of the window; `lam` float32 [B], the example's own share of the
-        area; `use` bool [B]. `apply` takes the weights of the labels from `corner`.
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] (one window for all T) with the
+        plan `partner` int32 [B, 3]; `corner` int32 [B, 2], top and left of the window; `lam`
+        float32 [B], the example's own share of the area; `use` bool [B]. `apply` takes the weights
+        of the labels from `corner`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -45,8 +48,8 @@ def mosaic(
         raise ValueError(f"start is a pair 0 <= min <= max <= 1, got {start!r}")
 
     def sample(key: Key, batch: Batch) -> Plan:
-        image = image_of(batch)
-        size, height, width, _ = image.shape
+        image = image_of(batch, ranks=(4, 5))
+        size, (height, width) = len(image), size_of(image.shape)
         draws = 1 if per_batch else size
         partner_key, corner_key, use_key = jax.random.split(key, 3)
         keys = jax.random.split(partner_key, 3)
@@ -63,8 +66,8 @@ def mosaic(
         }
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        image, label = image_of(batch), soft_label_of(batch)
-        size, height, width, _ = image.shape
+        image, label = image_of(batch, ranks=(4, 5)), soft_label_of(batch)
+        size, (height, width) = len(image), size_of(image.shape)
         use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
         corner = jnp.broadcast_to(jnp.asarray(plan["corner"], jnp.int32), (size, 2))
         corner = jnp.where(use[:, None], corner, 0)
@@ -77,6 +80,9 @@ def mosaic(
         source = jnp.take_along_axis(members, tile.reshape(size, -1), axis=1).reshape(tile.shape)
         place = (source, (row % height)[:, :, None], (column % width)[:, None, :])
 
+        def window(x: Array) -> Array:
+            return as_images(lambda images: images[place], x)
+
         def moved(i: int, j: int) -> targets.Move:
             start = jnp.asarray((i * height, j * width), jnp.int32) - corner
             return lambda points: points + start[:, None].astype(points.dtype)
@@ -87,10 +93,10 @@ def mosaic(
             **targets.union(
                 batch, image, members[:, 1:], seen, [moved(i, j) for i in (0, 1) for j in (0, 1)]
             ),
-            "image": image[place],
+            "image": window(image),
         }
         if (mask := targets.mask_of(batch, image)) is not None:
-            batch["mask"] = mask[place]
+            batch["mask"] = window(mask.reshape(*image.shape[:-1], -1)).reshape(mask.shape)
         if label is not None:
             weights = _shares(corner, height, width).astype(working_dtype(label.dtype))
             labels = label[members].astype(weights.dtype)
@@ -112,15 +118,17 @@ def _shares(corner: Array, height: int, width: int) -> Array:
 def jigsaw(grid: int | tuple[int, int] = 4, *, prob: float = 1.0) -> Augmentation:
     """Jigsaw: cuts every image into tiles and puts them back in a random order.
 
-    Its kind is kornia's `RandomJigsaw`; labels stay.
+    Its kind is kornia's `RandomJigsaw`; labels stay. 1-D signals are cut into segments.
 
     Args:
-        grid: tiles along height and width, one number for both or a pair.
+        grid: tiles along height and width, one number for both (for signals: their segments) or a
+            pair.
         prob: probability for each example.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `order` int32 [B, tiles], which tile
-        comes to each place, row by row, and `use` bool [B].
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] (one order for all T) or [B, L, C]
+        with the plan `order` int32 [B, tiles], which tile comes to each place, row by row, and
+        `use` bool [B].
 
     Raises:
         ValueError: an argument is out of its range, or (when applied) the tiles do not divide the
@@ -134,41 +142,45 @@ def jigsaw(grid: int | tuple[int, int] = 4, *, prob: float = 1.0) -> Augmentatio
     if min(rows, columns) < 1:
         raise ValueError(f"grid is one positive number or a pair, got {grid!r}")
 
-    def checked(batch: Batch) -> Array:
-        image = image_of(batch)
-        if image.shape[1] % rows or image.shape[2] % columns:
+    def cut(batch: Batch) -> tuple[Array, tuple[int, int], tuple[int, int]]:
+        """The image, the tiles along its height and width, and the height and width of a tile."""
+        image = image_of(batch, ranks=(3, 4, 5))
+        height, width = size_of(image.shape)
+        tiles = (1, columns) if image.ndim == 3 and isinstance(grid, int) else (rows, columns)
+        if height % tiles[0] or width % tiles[1]:
             raise ValueError(
-                f"a jigsaw of {rows} x {columns} tiles does not divide an image of "
-                f"{image.shape[1]} x {image.shape[2]}; change grid, or resize the image"
+                f"a jigsaw of {tiles[0]} x {tiles[1]} tiles does not divide an image of "
+                f"{height} x {width}; change grid, or resize the image"
             )
-        return image
+        return image, tiles, (height // tiles[0], width // tiles[1])
 
     def sample(key: Key, batch: Batch) -> Plan:
-        size = checked(batch).shape[0]
+        image, (down, across), _ = cut(batch)
+        size = len(image)
         order_key, use_key = jax.random.split(key)
-        tiles = jnp.broadcast_to(
-            jnp.arange(rows * columns, dtype=jnp.int32), (size, rows * columns)
-        )
+        tiles = jnp.broadcast_to(jnp.arange(down * across, dtype=jnp.int32), (size, down * across))
         return {
             "order": jax.random.permutation(order_key, tiles, axis=1, independent=True),
             "use": jax.random.uniform(use_key, (size,)) < prob,
         }
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        image = checked(batch)
-        size, height, width, _ = image.shape
-        tile = (height // rows, width // columns)
+        image, (down, across), tile = cut(batch)
+        size = len(image)
         order = jnp.asarray(plan["order"], jnp.int32)[:, :, None]
-        use = along_batch(jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,)), image)
+        use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
 
         def shuffle(x: Array) -> Array:
-            tiles = x.reshape(size, rows, tile[0], columns, tile[1], -1).swapaxes(2, 3)
-            tiles = tiles.reshape(size, rows * columns, -1)
+            tiles = x.reshape(size, down, tile[0], across, tile[1], -1).swapaxes(2, 3)
+            tiles = tiles.reshape(size, down * across, -1)
             tiles = jnp.take_along_axis(tiles, order, axis=1, mode="promise_in_bounds")
-            tiles = tiles.reshape(size, rows, columns, *tile, -1).swapaxes(2, 3)
-            return jnp.where(use, tiles.reshape(x.shape), x)
+            tiles = tiles.reshape(size, down, across, *tile, -1).swapaxes(2, 3)
+            return jnp.where(along_batch(use, x), tiles.reshape(x.shape), x)
+
+        def move(x: Array) -> Array:
+            return as_images(shuffle, x)
 
         targets.refuse(batch, ("boxes", "keypoints"), "a jigsaw tears apart what they are of")
-        return targets.follow(batch, shuffle(image), shuffle, [])
+        return targets.follow(batch, move(image), move, [])
 
     return Augmentation(sample, apply)

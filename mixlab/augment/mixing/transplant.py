@@ -10,6 +10,8 @@ from mixlab.augment.mixing.frame import blend_by_mask, mixed_sample
 from mixlab.augment.targets import mask_of
 from mixlab.types import Array, Batch, Key, Plan
 
+_RANKS = (3, 4, 5)
+
 
 def transplant(
     exclude: int | Sequence[int] = (), *, prob: float = 0.5, pairing: str = "roll"
@@ -27,9 +29,10 @@ def transplant(
             `mixed_sample`.
 
     Returns:
-        An augmentation of images [B, H, W, C] with an integer `mask` [B, H, W], and the plan
-        `partner` int32 [B]; `mask` float32 [B, H, W], 1 where the own pixel is kept; `lam` float32
-        [B], its mean; `use` bool [B].
+        An augmentation of images [B, H, W, C], [B, T, H, W, C] (one class for all T, wherever it is
+        in a frame) or [B, L, C], with an integer `mask` of their shape without channels, and the
+        plan `partner` int32 [B]; `mask` float32 of the same shape, 1 where the own pixel is kept;
+        `lam` float32 [B], its mean; `use` bool [B].
 
     Raises:
         ValueError: an argument is out of its range.
@@ -46,7 +49,14 @@ def transplant(
         return {"which": u[0]}
 
     frame = mixed_sample(
-        decide, blend_by_mask, uniforms=1, per_batch=False, prob=prob, pairing=pairing, whole=True
+        decide,
+        blend_by_mask,
+        uniforms=1,
+        per_batch=False,
+        prob=prob,
+        pairing=pairing,
+        ranks=_RANKS,
+        whole=True,
     )
 
     def sample(key: Key, batch: Batch) -> Plan:
@@ -56,7 +66,7 @@ def transplant(
         donor = jnp.take(mask, plan["partner"], axis=0, mode="clip")
         chosen = jax.vmap(lambda m, u: _drawn_class(m, u, left_out))(donor, which)
         keep = (~chosen).astype(jnp.float32)
-        return {**plan, "mask": keep, "lam": jnp.mean(keep, axis=(1, 2))}
+        return {**plan, "mask": keep, "lam": jnp.mean(keep, axis=tuple(range(1, keep.ndim)))}
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         _classes(batch)
@@ -66,19 +76,23 @@ def transplant(
 
 
 def _classes(batch: Batch) -> Array:
-    mask = mask_of(batch, image_of(batch))
+    image = image_of(batch, ranks=_RANKS)
+    mask = mask_of(batch, image)
     if mask is None:
-        raise KeyError("transplant needs a batch with 'mask' [B, H, W], the class of each pixel")
-    if mask.ndim != 3 or not jnp.issubdtype(mask.dtype, jnp.integer):
+        raise KeyError(
+            "transplant needs a batch with 'mask', the class of each pixel: whole numbers of the "
+            f"shape {image.shape[:-1]}"
+        )
+    if mask.ndim != image.ndim - 1 or not jnp.issubdtype(mask.dtype, jnp.integer):
         raise TypeError(
-            f"transplant needs an integer 'mask' [B, H, W], got {mask.dtype} {list(mask.shape)}; "
-            "of one-hot masks take jnp.argmax(mask, -1)"
+            f"transplant needs an integer 'mask' of the shape {image.shape[:-1]}, got {mask.dtype} "
+            f"{mask.shape}; of one-hot masks take jnp.argmax(mask, -1)"
         )
     return mask
 
 
 def _drawn_class(mask: Array, u: Array, exclude: tuple[int, ...]) -> Array:
-    """Where a mask [H, W] has the class that `u` in [0, 1) draws; nowhere if there is none."""
+    """Where a mask [...] has the class that `u` in [0, 1) draws; nowhere if there is none."""
     ordered = jnp.sort(mask.ravel())
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     for excluded in exclude:

@@ -1,7 +1,7 @@
 """The single image ops, `augment.ops.rotate(image, 30)` and so on, gathered from their families.
 
-Each takes one image [H, W, C] or a batch [B, H, W, C], uint8 in 0..255 or floating in [0, 1], and
-draws no random numbers.
+Each takes one image [H, W, C], or a batch [B, H, W, C] or [B, T, H, W, C], uint8 in 0..255 or
+floating in [0, 1], and draws no random numbers.
 """
 
 from mixlab.augment.ops.affine import affine

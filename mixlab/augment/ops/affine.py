@@ -68,7 +68,7 @@ def affine(
     `"torchvision"`.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         degrees: angle, scalar, clockwise (`rotate` turns counter-clockwise).
         translate: pixels to the right and down; neither dialect rounds them.
         scale: factor, positive.

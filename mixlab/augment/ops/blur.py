@@ -26,7 +26,7 @@ def gaussian_blur(image: Array, sigma: ArrayLike, *, max_sigma: float = 2.0) -> 
     are not rounded.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         sigma: standard deviation in pixels, scalar, in 0..max_sigma.
         max_sigma: what `sigma` may at most be; the work grows with it.
 

@@ -22,28 +22,33 @@ def each(fn: Callable[[Any], Any], examples: PyTree) -> PyTree:
     return jax.lax.map(fn, examples) if on_cpu() else jax.vmap(fn)(examples)
 
 
+def per_image(fn: Callable[[Array], Array], images: Array) -> Array:
+    """Applies a function of an image [H, W, C] to each of [..., H, W, C]."""
+    return fn(images) if images.ndim == 3 else each(lambda part: per_image(fn, part), images)
+
+
 def run_each(
     branches: Sequence[Callable[[Array, PyTree], Array]],
     image: Array,
     branch: Array,
     argument: PyTree,
 ) -> Array:
-    """Runs `branches[branch[i, j]]` with `argument[i, j]`, j = 0, 1, ..., on every image i.
+    """Runs `branches[branch[i, j]]` with `argument[i, j]`, j = 0, 1, ..., on all of example i.
 
     Args:
         branches: `(image [H, W, C], argument) -> image` of the same shape and dtype.
-        image: [B, H, W, C].
-        branch: int32 [B, n], which branch each image goes through, n in a row.
+        image: [B, H, W, C] or [B, T, H, W, C].
+        branch: int32 [B, n], which branch each example goes through, n in a row.
         argument: what the branch is given: leaves [B, n, ...].
 
     Returns:
-        [B, H, W, C], in the dtype of `image`.
+        Shape and dtype of `image`.
     """
 
     def one(decision: tuple[Array, Array, PyTree]) -> Array:
         def layer(image: Array, step: tuple[Array, PyTree]) -> tuple[Array, None]:
             return jax.lax.switch(step[0], branches, image, step[1]), None
 
-        return jax.lax.scan(layer, decision[0], decision[1:])[0]
+        return per_image(lambda image: jax.lax.scan(layer, image, decision[1:])[0], decision[0])
 
     return each(one, (image, branch, argument))

@@ -1,8 +1,8 @@
 """Photometric image ops, exact on uint8 like PIL, and their continuation to floats.
 
-All take one image [H, W, C] or a batch [B, H, W, C], which is treated image by image, and return
-the same shape and dtype. Numbers on the scale of pixels (thresholds, additions) mean 0..255 for
-floating images too, whose pixels lie in [0, 1].
+All take one image [H, W, C], or a batch [B, H, W, C] or [B, T, H, W, C], which is treated image by
+image, and return the same shape and dtype. Numbers on the scale of pixels (thresholds, additions)
+mean 0..255 for floating images too, whose pixels lie in [0, 1].
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab.augment.core import check_image, to_dtype, unfused, working_dtype
-from mixlab.augment.ops.dispatch import each
+from mixlab.augment.ops.dispatch import each, per_image
 from mixlab.spec import nearest
 from mixlab.types import Array, ArrayLike
 
@@ -21,15 +21,13 @@ P = ParamSpec("P")
 
 
 def image_op(fn: Callable[Concatenate[Array, P], Array]) -> Callable[Concatenate[Any, P], Array]:
-    """Makes a function of an image [H, W, C] one of an image or a batch, with checks."""
+    """Makes a function of an image [H, W, C] one of an image, images or videos, with checks."""
 
     @functools.wraps(fn)
     def op(image: Any, *args: P.args, **kwargs: P.kwargs) -> Array:
         image = jnp.asarray(image)
-        check_image(image, (3, 4), "image")
-        if image.ndim == 4:
-            return each(lambda one: fn(one, *args, **kwargs), image)
-        return fn(image, *args, **kwargs)
+        check_image(image, (3, 4, 5), "image", batched=False)
+        return per_image(lambda one: fn(one, *args, **kwargs), image)
 
     return op
 
@@ -86,7 +84,7 @@ def posterize(image: Array, bits: ArrayLike) -> Array:
     `floor(x * 2^bits) / 2^bits`, at most the last step, as in torchvision v2.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         bits: whole number in 0..8.
     """
     if image.dtype == jnp.uint8:
@@ -105,7 +103,7 @@ def solarize(image: Array, threshold: ArrayLike) -> Array:
     Equals PIL `ImageOps.solarize`.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         threshold: on the scale 0..255 whatever the dtype; 256 leaves the image as it is.
     """
     levels = _levels(image)
@@ -120,7 +118,7 @@ def solarize_add(image: Array, addition: ArrayLike, threshold: ArrayLike = 128) 
     Equals timm's op of this name, and Google's.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         addition: on the scale 0..255 whatever the dtype; a fraction of a level is dropped on uint8.
         threshold: on the scale 0..255 whatever the dtype.
     """
@@ -139,7 +137,7 @@ def color(image: Array, factor: ArrayLike) -> Array:
     channels use the mean of the channels as grey.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         factor: scalar.
     """
     return _blend(jnp.broadcast_to(_grey(image), image.shape), image, factor)
@@ -150,7 +148,7 @@ def contrast(image: Array, factor: ArrayLike, *, dialect: str = "pil") -> Array:
     """Blends with a uniform grey: 0 is that grey, 1 the image itself, more than 1 more contrast.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         factor: scalar.
         dialect: `"pil"`: the grey is the image's mean luma, rounded to a level on uint8, as PIL
             `ImageEnhance.Contrast` and, within one level, torchvision; `"google"`: it is
@@ -183,7 +181,7 @@ def brightness(image: Array, factor: ArrayLike) -> Array:
     Equals PIL `ImageEnhance.Brightness` and torchvision.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         factor: scalar.
     """
     return _blend(jnp.zeros(image.shape, working_dtype(image.dtype)), image, factor)
@@ -197,7 +195,7 @@ def sharpness(image: Array, factor: ArrayLike) -> Array:
     stay. Equals PIL `ImageEnhance.Sharpness` and torchvision.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         factor: scalar.
     """
     height, width, channels = image.shape

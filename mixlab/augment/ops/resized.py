@@ -11,7 +11,7 @@ from mixlab.augment.core import (
     check_image,
     working_dtype,
 )
-from mixlab.augment.ops.dispatch import each, on_cpu
+from mixlab.augment.ops.dispatch import each, on_cpu, per_image
 from mixlab.augment.ops.photometric import image_op
 from mixlab.spec import nearest
 from mixlab.types import Array
@@ -178,7 +178,7 @@ def resized_boxes(
             def frame(x: Array) -> Array:
                 return resized_box(x, box, size, interpolation, antialias)
 
-            return frame(example[0]) if image.ndim == 4 else each(frame, example[0])
+            return per_image(frame, example[0])
 
         return each(one, example[1])
 
@@ -198,7 +198,7 @@ def resize(
     within two. Bicubic results of floats are clipped to [0, 1], which torchvision leaves out.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         size: height and width, or one number for both.
         interpolation: `"nearest"` takes the pixel at the centre (torchvision's `nearest-exact`);
             `"bilinear"` and `"bicubic"` weigh by a triangle or by Keys' cubic with slope -0.5.
@@ -206,17 +206,17 @@ def resize(
             they are PyTorch's, whose cubic has slope -0.75.
 
     Returns:
-        [*size, C] or [B, *size, C], in the dtype of `image`.
+        [..., *size, C], in the dtype of `image`.
 
     Raises:
         ValueError: the size is not positive, or the interpolation unknown.
     """
     image = jnp.asarray(image)
-    check_image(image, (3, 4), "image")
+    check_image(image, (3, 4, 5), "image", batched=False)
     wanted = pair_of(size)
     check_interpolation(interpolation)
     batch = image[None] if image.ndim == 3 else image
-    box = jnp.asarray((0, 0, *batch.shape[1:3]), jnp.int32)
+    box = jnp.asarray((0, 0, *image.shape[-3:-1]), jnp.int32)
     box = jnp.broadcast_to(box, (batch.shape[0], 1, 4))
     out = resized_boxes(batch, box, wanted, interpolation, antialias)[:, 0]
     return out[0] if image.ndim == 3 else out
@@ -227,7 +227,7 @@ def center_crop(image: Array, size: int | tuple[int, int]) -> Array:
     """Crops the middle; equals torchvision's `center_crop` where the crop fits into the image.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         size: height and width, or one number for both.
 
     Raises:

@@ -29,7 +29,7 @@ def hue(image: Array, shift: ArrayLike) -> Array:
     than three channels have no hue and stay as they are.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         shift: share of the circle, scalar; -0.5 and 0.5 are the complementary hues.
 
     Source: Smith, "Color Gamut Transform Pairs", 1978.
@@ -61,7 +61,7 @@ def gamma(image: Array, power: ArrayLike, gain: ArrayLike = 1.0) -> Array:
     Equals torchvision's `adjust_gamma` within one level on uint8.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         power: scalar >= 0.
         gain: scalar.
     """

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.core import Augmentation, along_batch, image_of, working_dtype
+from mixlab.augment.core import Augmentation, along_batch, image_of, size_of, working_dtype
 from mixlab.augment.mixing.frame import beta, check_alpha, num_uniforms
 from mixlab.augment.ops.geometric import Fill
 from mixlab.augment.policies.randaugment import check_deviation, spread
@@ -117,9 +117,9 @@ def augmix(
         per_batch: one draw for the whole batch instead of one an example.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `lam` float32 [B], the weight 1 - m of
-        the example itself; `weights` float32 [B, width]; `op`, `argument`, `use` (and `bicubic`)
-        [B, width, depth] as in `randaugment`.
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `lam` float32 [B],
+        the weight 1 - m of the example itself; `weights` float32 [B, width]; `op`, `argument`,
+        `use` (and `bicubic`) [B, width, depth] as in `randaugment`.
 
     Raises:
         ValueError: an argument is out of its range or unknown to the dialect.
@@ -151,13 +151,13 @@ def augmix(
         return jax.random.randint(key, shape, 0, int(severity), jnp.int32).astype(jnp.float32)
 
     def sample(key: Key, batch: Batch) -> Plan:
-        image = image_of(batch)
+        image = image_of(batch, ranks=(4, 5))
         size, n = image.shape[0], 1 if per_batch else image.shape[0]
         keys = jax.random.split(key, 6)
         shape = (n, width, 3 if depth is None else depth)
         op = jax.random.randint(keys[0], shape, 0, len(space.rules), jnp.int32)
         level = strength(keys[1], shape)
-        plan = space.decide(keys[2], op, level, (image.shape[1], image.shape[2]))
+        plan = space.decide(keys[2], op, level, size_of(image.shape))
         plan["use"] = jnp.ones(shape, bool)
         if depth is None:
             drawn = jax.random.randint(keys[3], (n, width, 1), 1, 4, jnp.int32)
@@ -168,7 +168,7 @@ def augmix(
         return {name: jnp.broadcast_to(x, (size, *x.shape[1:])) for name, x in plan.items()}
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        image = image_of(batch)
+        image = image_of(batch, ranks=(4, 5))
         dtype = working_dtype(image.dtype)
         chains = {
             name: jnp.reshape(jnp.asarray(x), (-1, *np.shape(x)[2:]))

@@ -62,9 +62,9 @@ def autoaugment(
         per_batch: the same pair for the whole batch instead of one draw an example.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `pair` int32 [B], which of the 25 it
-        is, and `op`, `argument`, `use` [B, 2] as in `randaugment`; `op` counts the ops that the
-        policy has, in the order of `randaugment_arguments`.
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `pair` int32 [B],
+        which of the 25 it is, and `op`, `argument`, `use` [B, 2] as in `randaugment`; `op` counts
+        the ops that the policy has, in the order of `randaugment_arguments`.
 
     Raises:
         ValueError: an argument is unknown or out of its range.

@@ -8,7 +8,13 @@ import numpy as np
 
 from mixlab import random
 from mixlab.augment import targets
-from mixlab.augment.core import Augmentation, check_probability, image_of
+from mixlab.augment.core import (
+    Augmentation,
+    as_images,
+    check_probability,
+    image_of,
+    size_of,
+)
 from mixlab.augment.ops.geometric import Fill
 from mixlab.augment.policies.spaces import (
     NOT_OF_RANDAUGMENT,
@@ -68,7 +74,7 @@ _THREE = Space(
 
 
 def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
-    """An augmentation that puts every image through a few ops of a space, one after the other.
+    """An augmentation that puts every example through a few ops of a space, one after the other.
 
     Args:
         space: the ops.
@@ -77,12 +83,12 @@ def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
     """
 
     def sample(key: Key, batch: Batch) -> Plan:
-        image = image_of(batch)
+        image = image_of(batch, ranks=(4, 5))
         draw_key, use_key, space_key = jax.random.split(key, 3)
         plan = draw(draw_key, 1 if per_batch else image.shape[0])
         op, strength, prob = plan.pop("op"), plan.pop("strength"), plan.pop("prob")
         strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32), op.shape)
-        plan |= space.decide(space_key, op, strength, (image.shape[1], image.shape[2]))
+        plan |= space.decide(space_key, op, strength, size_of(image.shape))
         certain = isinstance(prob, int | float) and prob == 1.0  # then no numbers are spent on it
         plan["use"] = (
             jnp.ones(op.shape, bool)
@@ -94,10 +100,13 @@ def space_policy(space: Space, draw: Draw, *, per_batch: bool) -> Augmentation:
         }
 
     def apply(plan: Plan, batch: Batch) -> Batch:
-        image = image_of(batch)
-        steps = jnp.moveaxis(space.matrices(plan, (image.shape[1], image.shape[2])), 1, 0)
-        moved = space.run(plan, image)
-        return targets.follow(batch, moved, lambda mask: space.move(plan, mask), list(steps))
+        image = image_of(batch, ranks=(4, 5))
+        steps = jnp.moveaxis(space.matrices(plan, size_of(image.shape)), 1, 0)
+
+        def move(mask: Array) -> Array:
+            return as_images(lambda frame: space.move(plan, frame), mask)
+
+        return targets.follow(batch, space.run(plan, image), move, list(steps))
 
     return Augmentation(sample, apply, ops=tuple(space.rules))
 
@@ -198,10 +207,11 @@ def randaugment(
         per_batch: the same ops for the whole batch instead of one draw an example.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan `op` int32 [B, num_ops], an index into
-        `randaugment_arguments(dialect, ...)`; `argument` float32 [B, num_ops], what the op is
-        given, with its sign; `use` bool [B, num_ops]; with random interpolation `bicubic` bool
-        [B, num_ops]; with cutout `center` int32 [B, num_ops, 2], its row and column.
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan `op` int32
+        [B, num_ops], an index into `randaugment_arguments(dialect, ...)`; `argument` float32
+        [B, num_ops], what the op is given, with its sign; `use` bool [B, num_ops]; with random
+        interpolation `bicubic` bool [B, num_ops]; with cutout `center` int32 [B, num_ops, 2], its
+        row and column.
 
     Raises:
         ValueError: an argument is out of its range or unknown to the dialect.
@@ -307,7 +317,8 @@ def trivialaugment(
         per_batch: the same op for the whole batch instead of one draw an example.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan of `randaugment`, for one op.
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan of `randaugment`,
+        for one op.
 
     Raises:
         ValueError: the interpolation is unknown.
@@ -332,8 +343,8 @@ def three_augment(*, per_batch: bool = False) -> Augmentation:
         per_batch: the same op for the whole batch instead of one draw an example.
 
     Returns:
-        An augmentation of images [B, H, W, C] with the plan of `randaugment`, for one op: 0 is
-        grayscale, 1 the blur, whose `argument` is its deviation, 2 solarize.
+        An augmentation of images [B, H, W, C] or [B, T, H, W, C] with the plan of `randaugment`,
+        for one op: 0 is grayscale, 1 the blur, whose `argument` is its deviation, 2 solarize.
 
     Source: Touvron et al., "DeiT III", 2022, section 3.
     """

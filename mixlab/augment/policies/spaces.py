@@ -15,6 +15,7 @@ import numpy as np
 
 from mixlab import random
 from mixlab.augment import ops
+from mixlab.augment.core import size_of
 from mixlab.augment.ops import google
 from mixlab.augment.ops.blur import gaussian_blur
 from mixlab.augment.ops.dispatch import run_each
@@ -121,7 +122,7 @@ class Space:
         Args:
             plan: `op` [B, n], n ops in a row for each image, with what `decide` adds to it and
                 `use` [B, n], which of them take part.
-            image: [B, H, W, C].
+            image: [B, H, W, C] or [B, T, H, W, C].
         """
         op = jnp.asarray(plan["op"])
         given: dict[str, Array] = {"argument": jnp.asarray(plan["argument"], jnp.float32)}
@@ -138,7 +139,7 @@ class Space:
             kind = len(branches) + jnp.asarray(plan.get("bicubic", False)).astype(jnp.int32)
             branch = jnp.where(jnp.asarray(by_matrix)[op], kind, branch)
             branches.extend(self._affine())
-            given["matrix"] = self.matrices(plan, (image.shape[1], image.shape[2]))
+            given["matrix"] = self.matrices(plan, size_of(image.shape))
         if "cutout" in self.rules:
             given["center"] = jnp.asarray(plan["center"])
         branch = jnp.where(jnp.asarray(plan.get("use", True)), branch, 0)
