@@ -153,6 +153,53 @@ def along_batch(x: Any, like: Array) -> Array:
     return trees.along(jnp.asarray(x), like)
 
 
+def entry(
+    plan: Plan,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any = None,
+    *,
+    default: Any = None,
+    limits: tuple[float, float] | None = None,
+) -> Array:
+    """What a plan, which may be written by hand, holds under a name.
+
+    Args:
+        plan: the decisions; an entry that all examples share may lack the axis of the batch. A
+            tuple of arrays has the parts of the last axis, as (top, left, bottom, right).
+        name: of the entry.
+        shape: of the result.
+        dtype: of the result; by default the entry's own.
+        default: for a plan without the entry; None if it must have one.
+        limits: the smallest and largest value. Of arrays on a device this is not checked, which
+            would wait for the device.
+
+    Raises:
+        KeyError: there is no such entry.
+        ValueError: its shape does not fit, or a number is out of its limits.
+    """
+    value = plan.get(name, default)
+    if value is None:
+        raise KeyError(
+            f"the plan has no {name!r}, which sample(key, batch) makes; it has {sorted(plan)}"
+        )
+    if isinstance(value, tuple) and any(hasattr(part, "shape") for part in value):
+        value = jnp.stack(jnp.broadcast_arrays(*map(jnp.asarray, value)), axis=-1)
+    if limits is not None and not isinstance(value, jax.Array):
+        low, high = limits
+        wrong = [x for x in np.ravel(value) if not low <= x <= high]
+        if wrong:
+            raise ValueError(f"the plan's {name!r} must lie in [{low}, {high}], got {wrong[0]}")
+    array = jnp.asarray(value, dtype)
+    try:
+        return jnp.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"the plan's {name!r} must have the shape {shape}, or without the first axis what all "
+            f"examples share; got {array.shape}"
+        ) from None
+
+
 def size_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """Height and width of a batch of images, videos, or signals (height 1)."""
     return (1, shape[1]) if len(shape) == 3 else (shape[-3], shape[-2])

@@ -12,6 +12,7 @@ from mixlab.augment.core import (
     along_batch,
     as_images,
     check_probability,
+    entry,
     image_of,
     size_of,
     working_dtype,
@@ -89,7 +90,7 @@ def random_crop(
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch, ranks=(3, 4, 5))
-        offset = jnp.broadcast_to(jnp.asarray(plan["offset"], jnp.int32), (image.shape[0], 2))
+        offset = entry(plan, "offset", (image.shape[0], 2), jnp.int32)
         _, border, length = zip(*axes_of(image), strict=True)
         start = offset - np.asarray(border, np.int32)
 
@@ -166,7 +167,7 @@ def random_resized_crop(
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch, ranks=(4, 5))
-        box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
+        box = entry(plan, "box", (image.shape[0], 4), jnp.int32)
         crop = resized_boxes(image, box[:, None], wanted, interpolation, antialias)[:, 0]
         return follow_box(batch, crop, box, wanted)
 
@@ -266,7 +267,7 @@ def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augmentation:
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch, ranks=ranks)
-        use = jnp.broadcast_to(jnp.asarray(plan["use"]), image.shape[:1])
+        use = entry(plan, "use", image.shape[:1])
 
         def flip(x: Array) -> Array:
             return jnp.where(along_batch(use, x), jnp.flip(x, axis=axis), x)

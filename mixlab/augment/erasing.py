@@ -10,6 +10,7 @@ from mixlab.augment.core import (
     Augmentation,
     along_batch,
     check_probability,
+    entry,
     image_of,
     in_layout,
     size_of,
@@ -174,8 +175,9 @@ def _erasing(
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch, ranks=(3, 4, 5))
         size, channels = image.shape[0], image.shape[-1]
-        box = jnp.asarray(plan["box"], jnp.int32).reshape(-1, count, 4)
-        use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
+        each = (size, 4) if count == 1 else (size, count, 4)
+        box = entry(plan, "box", each, jnp.int32).reshape(size, count, 4)
+        use = entry(plan, "use", (size,), default=True)
         erased = jnp.any(inside(box, size_of(image.shape)), axis=1) & along_batch(use, box)
         dtype = working_dtype(image.dtype)
         scale = 255.0 if image.dtype == jnp.uint8 else 1.0

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.core import Augmentation, check_probability, image_of
+from mixlab.augment.core import Augmentation, check_probability, entry, image_of
 from mixlab.augment.ops.blur import gaussian_blur
 from mixlab.augment.ops.dispatch import run_each
 from mixlab.augment.ops.photometric import brightness as brighten
@@ -95,11 +95,8 @@ def color_jitter(
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch, ranks=(4, 5))
-        factor, order = (
-            jnp.broadcast_to(jnp.asarray(plan[name]), (len(image), 4))
-            for name in ("factor", "order")
-        )
-        use = jnp.broadcast_to(jnp.asarray(plan["use"]), (len(image),))
+        factor, order = (entry(plan, name, (len(image), 4)) for name in ("factor", "order"))
+        use = entry(plan, "use", (len(image),))
         branch = jnp.where(use[:, None], jnp.asarray(branch_of)[order], still)
         factor = jnp.take_along_axis(factor, order, axis=1)
         return {**batch, "image": run_each(branches, image, branch, factor)}
@@ -187,9 +184,7 @@ def _random_op(
 
     def apply(plan: Plan, batch: Batch) -> Batch:
         image = image_of(batch, ranks=(4, 5))
-        use, *argument = (
-            jnp.broadcast_to(jnp.asarray(plan[name]), image.shape[:1]) for name in ("use", *drawn)
-        )
+        use, *argument = (entry(plan, name, image.shape[:1]) for name in ("use", *drawn))
         branch = use.astype(jnp.int32)
         level = argument[0] if argument else jnp.zeros(image.shape[:1], jnp.float32)
         branches = (lambda image, level: image, op)

@@ -46,7 +46,7 @@ def test_unsound_batches_are_refused(given, error, words):
         (lambda: augment.resizemix(scope=(0.5, 2.0)), ValueError, "scope"),
         (lambda: augment.resizemix(interpolation="cubic"), ValueError, "nearest"),
         (lambda: augment.fmix(mode="spectrl"), ValueError, "did you mean 'spectral'"),
-        (lambda: augment.fmix(max_soft=0.7), ValueError, "max_soft"),
+        (lambda: augment.fmix(max_soft=1.7), ValueError, "max_soft"),
         (lambda: augment.fmix_mask(np.zeros((1, 8, 5, 2)), 0.5, (8, 9)), ValueError, "noise"),
         (lambda: augment.label_smoothing(2.0), ValueError, "smoothing"),
         (lambda: augment.randaugment(dialect="tim"), ValueError, "did you mean 'timm'"),
@@ -184,3 +184,36 @@ def test_normalize_and_to_float():
     out = augment.normalize(0.2, 0.5)(KEY, {"image": image})["image"]
     np.testing.assert_allclose(out.ravel(), [-0.4, 0.0, 1.6], atol=1e-6)
     assert augment.to_float()(KEY, {"image": image})["image"].dtype == jnp.float32
+
+
+def test_plans_by_hand():
+    """Shared by all examples, or in parts; what is wrong with one is said."""
+    given = batch()
+    box = np.array([[0, 0, 2, 4], [1, 1, 3, 5], [2, 0, 6, 1], [0, 0, 0, 0]])
+    plan = {"partner": [1, 2, 3, 0], "lam": 0.5, "box": box}
+    whole = augment.cutmix().apply(plan, given)
+    # As (top, left, bottom, right), also where there are as many examples as sides.
+    parts = augment.cutmix().apply(plan | {"box": tuple(box.T)}, given)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    np.testing.assert_allclose(whole["label"][0, 0], 1 - 8 / 30, rtol=1e-6)
+    for aug, changed, error, says in (
+        (augment.mixup(), {"lam": None}, KeyError, "the plan has no 'lam', which sample"),
+        (
+            augment.cutmix(),
+            {"box": None},
+            KeyError,
+            r"no 'box'.*it has \['box', 'lam', 'partner'\]",
+        ),
+        (augment.fmix(), {}, KeyError, "no 'mask'"),
+        (
+            augment.fmix(),
+            {"mask": np.ones((4, 3, 5))},
+            ValueError,
+            r"'mask' must have .*\(4, 6, 5\)",
+        ),
+        (augment.mixup(), {"partner": [0, 1]}, ValueError, r"'partner' must have the shape \(4,\)"),
+        (augment.mixup(), {"partner": [0, 1, 2, 9]}, ValueError, r"'partner' .*\[0, 3\], got 9"),
+        (augment.mixup(), {"lam": 1.5}, ValueError, r"'lam' must lie in \[0, 1\], got 1.5"),
+    ):
+        with pytest.raises(error, match=says):
+            aug.apply({**plan, **changed}, given)

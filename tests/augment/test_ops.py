@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixlab import augment
 from mixlab.augment import ops
 from mixlab.augment.ops.photometric import autocontrast_table
 
@@ -124,6 +125,11 @@ def test_refusals():
         ops.rotate(photo(), 3, interpolation="bicubic", dialect="torchvision")
     with pytest.raises(ValueError, match="did you mean 'pil'"):
         ops.rotate(photo(), 3, dialect="pill")
+    for bits in (-1, 9):
+        with pytest.raises(ValueError, match=f"0 to 8 bits, got {bits}"):
+            ops.posterize(photo(), bits)
+    with pytest.raises(ValueError, match=r"lam is the share of ones, in \[0, 1\], got 1.7"):
+        augment.fmix_mask(jnp.zeros((1, 4, 2)), 1.7, (7,))
     with pytest.raises(ValueError, match="3 channels"):
         ops.rotate(photo(), 3, fill=(1, 2))
     for image in (photo()[..., 0], photo()[None, None, None]):

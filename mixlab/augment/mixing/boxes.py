@@ -6,6 +6,7 @@ from mixlab import random
 from mixlab.augment.core import (
     Augmentation,
     as_images,
+    entry,
     in_layout,
     size_of,
     to_dtype,
@@ -177,7 +178,7 @@ def cutmix(
 def _paste(plan: Plan, image: Array, partner: Array) -> Mixed:
     """Pastes the box of the partner, and weighs the labels by what it leaves."""
     size, channels = size_of(image.shape), image.shape[-1]
-    box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
+    box = entry(plan, "box", (image.shape[0], 4), jnp.int32)
     keep = ~inside(box, size)
 
     # Rows with their channels in one piece are long vectors; a choice a pixel is half as fast.
@@ -334,7 +335,7 @@ def resizemix(
 
     def blend(plan: Plan, image: Array, partner: Array) -> Mixed:
         size = size_of(image.shape)
-        box = jnp.broadcast_to(jnp.asarray(plan["box"], jnp.int32), (image.shape[0], 4))
+        box = entry(plan, "box", (image.shape[0], 4), jnp.int32)
 
         def resized(x: Array, bilinear: bool = False) -> Array:
             def into_box(x: Array) -> Array:
@@ -353,7 +354,7 @@ def resizemix(
             small = to_dtype(resized(partner, bilinear=True), image.dtype)
             out = jnp.where(keep[..., None], image, small)
         else:
-            partners = jnp.broadcast_to(jnp.asarray(plan["partner"], jnp.int32), keep.shape[:1])
+            partners = entry(plan, "partner", keep.shape[:1], jnp.int32)
             partners = jnp.clip(partners, 0, len(keep) - 1)
             out = as_images(lambda x: _shrunk(x, partners, box), image)
         return Mixed(out, share_outside(box, size), keep, (resized, placed))

@@ -30,8 +30,8 @@ def _check(shape: tuple[int, ...], mode: str, decay: float, max_soft: float) -> 
         raise ValueError(f"unknown mode {mode!r}; {nearest(str(mode), _MODES)}")
     if not np.isfinite(decay):
         raise ValueError(f"decay must be finite, got {decay}")
-    if not 0.0 <= max_soft <= 0.5:
-        raise ValueError(f"max_soft is a share of the pixels in [0, 0.5], got {max_soft}")
+    if not 0.0 <= max_soft <= 1.0:
+        raise ValueError(f"max_soft is a share of the pixels in [0, 1], got {max_soft}")
 
 
 def _frequencies(shape: tuple[int, ...], mode: str) -> np.ndarray:
@@ -245,6 +245,8 @@ def fmix_mask(
     """
     shape = tuple(int(n) for n in shape)
     _check(shape, mode, decay, max_soft)
+    if not isinstance(lam, jax.Array) and not 0.0 <= float(lam) <= 1.0:
+        raise ValueError(f"lam is the share of ones, in [0, 1], got {lam}")
     grey = fmix_grey(noise, shape, decay=decay, mode=mode)
     return binarise(grey[None], lam, max_soft=max_soft, ceil=ceil)[0]
 

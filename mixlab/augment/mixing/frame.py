@@ -17,6 +17,7 @@ from mixlab.augment.core import (
     Augmentation,
     along_batch,
     check_probability,
+    entry,
     image_of,
     soft_label_of,
     to_dtype,
@@ -166,8 +167,8 @@ def mixed_sample(
     def apply(plan: Plan, batch: Batch) -> Batch:
         image, label = image_of(batch, ranks=ranks), soft_label_of(batch)
         size = image.shape[0]
-        partner = jnp.broadcast_to(jnp.asarray(plan["partner"]), (size,))
-        use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
+        partner = entry(plan, "partner", (size,), limits=(0, size - 1))
+        use = entry(plan, "use", (size,), default=True)
         # In one piece an example, which is copied whole.
         other = jnp.take(image.reshape(size, -1), partner, axis=0, mode="clip")
         mixed = blend(plan, image, other.reshape(image.shape))
@@ -239,14 +240,13 @@ def lerp(weight: Array, a: Array, b: Array) -> Array:
 
 def lam_of(plan: Plan, image: Array) -> Array:
     """`plan["lam"]` as float32 (or wider) [B]."""
-    lam = jnp.asarray(plan["lam"])
-    return jnp.broadcast_to(lam.astype(working_dtype(lam.dtype)), image.shape[:1])
+    lam = entry(plan, "lam", image.shape[:1], limits=(0, 1))
+    return lam.astype(working_dtype(lam.dtype))
 
 
 def blend_by_mask(plan: Plan, image: Array, partner: Array) -> Mixed:
     """Weighs the own pixels by `plan["mask"]`, and the own label by `plan["lam"]`."""
-    mask = jnp.asarray(plan["mask"])
-    mask = jnp.broadcast_to(mask, (image.shape[0], *mask.shape[-(image.ndim - 2) :]))
+    mask = entry(plan, "mask", image.shape[:-1])
     return Mixed(lerp(mask[..., None], image, partner), lam_of(plan, image), mask)
 
 

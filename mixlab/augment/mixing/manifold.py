@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mixlab.augment.core import along_batch, image_of, soft_label_of
+from mixlab.augment.core import along_batch, entry, image_of, soft_label_of
 from mixlab.augment.mixing.frame import lam_of, lerp, mixup
 from mixlab.spec import nearest
 from mixlab.types import Array, Batch, Key, Plan
@@ -105,7 +105,7 @@ class ManifoldMixup:
             raise ValueError(f"unknown layer {layer!r}; {nearest(layer, self.layers)}")
 
         def mixed(x: Array) -> Array:
-            partner = jnp.take(x, jnp.asarray(plan["partner"]), axis=0, mode="clip")
+            partner = jnp.take(x, entry(plan, "partner", x.shape[:1]), axis=0, mode="clip")
             return lerp(along_batch(_weight(plan, x), x), x, partner)
 
         drawn = jnp.asarray(plan["layer"]) == self.layers.index(layer)
@@ -115,7 +115,7 @@ class ManifoldMixup:
         """Mixes soft labels [B, K] as the features were, whatever the layer."""
         checked = soft_label_of({"label": label})
         assert checked is not None
-        partner = jnp.take(checked, jnp.asarray(plan["partner"]), axis=0, mode="clip")
+        partner = jnp.take(checked, entry(plan, "partner", checked.shape[:1]), axis=0, mode="clip")
         return lerp(along_batch(_weight(plan, checked), checked), checked, partner)
 
 

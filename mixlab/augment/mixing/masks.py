@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import random
-from mixlab.augment.core import Augmentation, in_layout, size_of
+from mixlab.augment.core import Augmentation, entry, in_layout, size_of
 from mixlab.augment.mixing.frame import (
     Mixed,
     beta,
@@ -21,8 +21,7 @@ Range = float | tuple[float, float]
 
 def _blend(plan: Plan, image: Array, partner: Array) -> Mixed:
     """Blends by a mask [B, H, W] that all frames of a video share."""
-    mask = jnp.asarray(plan["mask"])
-    mask = jnp.broadcast_to(mask, (len(image), *mask.shape[-2:]))
+    mask = entry(plan, "mask", (len(image), *size_of(image.shape)))
     return blend_by_mask({**plan, "mask": in_layout(mask, image)}, image, partner)
 
 

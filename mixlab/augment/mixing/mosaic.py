@@ -9,6 +9,7 @@ from mixlab.augment.core import (
     along_batch,
     as_images,
     check_probability,
+    entry,
     image_of,
     size_of,
     soft_label_of,
@@ -68,11 +69,11 @@ def mosaic(
     def apply(plan: Plan, batch: Batch) -> Batch:
         image, label = image_of(batch, ranks=(4, 5)), soft_label_of(batch)
         size, (height, width) = len(image), size_of(image.shape)
-        use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
-        corner = jnp.broadcast_to(jnp.asarray(plan["corner"], jnp.int32), (size, 2))
+        use = entry(plan, "use", (size,), default=True)
+        corner = entry(plan, "corner", (size, 2), jnp.int32)
         corner = jnp.where(use[:, None], corner, 0)
         own = jnp.arange(size, dtype=jnp.int32)[:, None]
-        members = jnp.concatenate([own, jnp.asarray(plan["partner"], jnp.int32)], axis=1)
+        members = jnp.concatenate([own, entry(plan, "partner", (size, 3), jnp.int32)], axis=1)
         row = corner[:, :1] + jnp.arange(height, dtype=jnp.int32)
         column = corner[:, 1:] + jnp.arange(width, dtype=jnp.int32)
         lower, further = (row >= height)[:, :, None], (column >= width)[:, None, :]
@@ -167,8 +168,8 @@ def jigsaw(grid: int | tuple[int, int] = 4, *, prob: float = 1.0) -> Augmentatio
     def apply(plan: Plan, batch: Batch) -> Batch:
         image, (down, across), tile = cut(batch)
         size = len(image)
-        order = jnp.asarray(plan["order"], jnp.int32)[:, :, None]
-        use = jnp.broadcast_to(jnp.asarray(plan.get("use", True)), (size,))
+        order = entry(plan, "order", (size, down * across), jnp.int32)[:, :, None]
+        use = entry(plan, "use", (size,), default=True)
 
         def shuffle(x: Array) -> Array:
             tiles = x.reshape(size, down, tile[0], across, tile[1], -1).swapaxes(2, 3)

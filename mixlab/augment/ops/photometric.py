@@ -86,7 +86,12 @@ def posterize(image: Array, bits: ArrayLike) -> Array:
     Args:
         image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         bits: whole number in 0..8.
+
+    Raises:
+        ValueError: `bits` is out of its range; of an array on a device this is not checked.
     """
+    if isinstance(bits, int | float) and not 0 <= bits <= 8:
+        raise ValueError(f"posterize keeps 0 to 8 bits, got {bits}")
     if image.dtype == jnp.uint8:
         shift = 8 - jnp.asarray(bits).astype(jnp.int32)
         x = image.astype(jnp.int32)
