@@ -1,6 +1,6 @@
 """Geometric image ops: rotation, shear, translation, in the conventions of PIL or torchvision.
 
-All take one image [H, W, C] or a batch [B, H, W, C], which is treated image by image, and return
+All take one image [H, W, C], or a batch [B, H, W, C] or [B, T, H, W, C], image by image, and return
 the same shape and dtype. Each pixel of the result looks up a point of the source through an
 affine map; pixels are unit squares, (0, 0) the outer corner of the first. `fill` is one number, or
 one a channel, on the scale 0..255 for floating images too; what lies outside the image has this
@@ -229,7 +229,7 @@ def rotate(
     Equals PIL `Image.rotate`, or torchvision's `rotate` of tensors.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         degrees: angle, scalar.
         interpolation: `"nearest"`, `"bilinear"`, or, in the dialect `"pil"`, `"bicubic"`.
         fill: colour outside the image, one number or one a channel, on the scale 0..255.
@@ -256,7 +256,7 @@ def shear_x(
     `ShearX` of RandAugment.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         level: pixels a row, scalar; positive moves the lower rows to the left.
         interpolation: `"nearest"`, `"bilinear"`, or, in the dialect `"pil"`, `"bicubic"`.
         fill: colour outside the image, one number or one a channel, on the scale 0..255.
@@ -298,7 +298,7 @@ def translate_x(
     """Moves the image along its rows.
 
     Args:
-        image: uint8 or floating, [H, W, C] or [B, H, W, C].
+        image: uint8 or floating, [H, W, C], [B, H, W, C] or [B, T, H, W, C].
         pixels: scalar. In the dialect `"pil"` each pixel of the result is taken from x + pixels,
             so the image moves to the left, as in timm; in `"torchvision"` the image moves to the
             right by the whole part of `pixels`.
