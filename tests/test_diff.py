@@ -164,7 +164,7 @@ def test_errors_of_usage_come_before_anything_is_read(tmp_path, capsys):
     there.write_text("precious")
     for method, out, message in (
         ("avrage", "out.npz", "did you mean 'average'?"),
-        ("average(weight=[1, 2])", "out.npz", "it takes (weights=None)"),
+        ("average(weight=[1, 2])", "out.npz", "it takes (weights=None, normalize=True)"),
         ("trim(0.2", "out.npz", "'(' was never closed"),
         ("nnm(1)", "out.npz", "makes no model yet"),
         ("average", "out.pt", "a .safetensors or .npz file, not to"),
