@@ -9,10 +9,10 @@ Variants: configs/dimat/cifar10.py:five   five agents only, 225 runs.
           configs/dimat/cifar10.py:resnet20   five agents, seed 0, ResNet-20 of a quarter of the
           channels: 75 runs.
 Data:     downloaded on the first run, or read from --config.data_dir=DIR where it is prepared.
-Measured: three seeds, five agents in two and a half hours on one core, ten in three; ResNet-20 was
-          not run. After the last merge, even data: a ring of five wa 43.5, dimat 45.7, gossip 46.8,
-          dpsgd 48.1 %, isolated agents 39.7; a ring of ten 38.0, 41.0, 41.1, 45.0, 35.3. Tables and
-          curves are in configs/README.md.
+Measured: three seeds, five agents in two and a half hours on one core, ten in three; ResNet-20 in
+          two and a half. After the last merge, even data: a ring of five wa 43.5, dimat 45.7,
+          gossip 46.8, dpsgd 48.1 %, isolated agents 39.7; a ring of ten 38.0, 41.0, 41.1, 45.0,
+          35.3. Tables and curves are in configs/README.md.
 """
 
 from ml_collections import ConfigDict
