@@ -212,14 +212,15 @@ class Programs:
     ) -> agents.Network:
         """The network at the communication `shared["time"]`, in `shared["round"]`.
 
-        Before the first round, which is round -1, nobody mixes and nobody fails.
+        Before the first round, which is round -1, nobody fails.
         """
-        stack, time, alone = shared["weights"], shared["time"], shared["round"] < 0
-        mixing = jnp.where(alone, jnp.eye(self.num_agents), stack[time % len(stack)])
+        stack, time = shared["weights"], shared["time"]
         key = jax.random.fold_in(jax.random.fold_in(shared["fault_key"], 1), time)
         adjacency = self.strategy.topology.adjacency
         return self.faults.strike(
-            agents.Network(axis, mixing, adjacency, key, time, outbox=outbox or None),
+            agents.Network(
+                axis, stack[time % len(stack)], adjacency, key, time, outbox=outbox or None
+            ),
             shared["fault_key"],
             shared["round"],
             by_step=self.strategy.every != "round",
