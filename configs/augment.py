@@ -1,4 +1,4 @@
-"""What does each augmentation buy, in accuracy and in calibration? Sixteen of them, three seeds.
+"""What does each augmentation buy, in accuracy and in calibration? Fifteen of them, three seeds.
 
 Ordinary training: one small network, 40 epochs, Adam with a cosine schedule. Every augmentation
 follows the same base (padded crops, on CIFAR-10 also flips) and has its usual settings; none was
@@ -21,7 +21,7 @@ Measured: 2026-11-25, one core of two of an AMD EPYC (Zen 4) machine, shared wit
           cifar10: base 51.0 ± 0.9, ECE 8.2 (too sure of itself); label smoothing 51.4 ± 1.2, ECE
           2.0; AutoAugment 51.0 ± 1.4, ECE 2.0; mixup 49.6 ± 1.0, ECE 2.9; CutMix 46.4 ± 0.4, ECE
           2.8. No method gains accuracy beyond the deviation; most of them calibrate.
-          All sixteen, with figures: configs/README.md.
+          All fifteen, with figures: configs/README.md.
 """
 
 from ml_collections import ConfigDict

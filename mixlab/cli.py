@@ -73,7 +73,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; made if 
 def main() -> None:
     """Entry point; the exit status is 0, 1 after an error of the run, 2 after one of usage.
 
-    Of what a signal stops it is 128 and its number: 143 for SIGTERM, 130 for Ctrl-C.
+    Of what a signal stops it is 128 and its number: 143 for SIGTERM, 130 for Ctrl-C; of several
+    processes that stop together, saved, it is 0.
     """
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
@@ -150,7 +151,7 @@ def _job(workdir: str) -> Iterator[None]:
     # The runs of a sweep, and a run that is resumed, compile much the same programs.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, ".jax_cache"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
     # What fails is told below, once; orbax logs whole tracebacks of its threads besides.
     logging.set_verbosity(logging.FATAL)
@@ -218,7 +219,7 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[ConfigDict, str]:
     try:
         rest = flags.FLAGS([f"mixlab {command}", *arguments])[1:]
         if rest:
-            _fail(f"unexpected arguments {rest}; the options are --config, --workdir", 2)
+            _fail(f"unexpected arguments {rest}; the options: mixlab {command} --help", 2)
         config, workdir = _CONFIG.value, _WORKDIR.value
         if config is not None:
             with config.unlocked():

@@ -59,6 +59,8 @@ def sweep(
     Raises:
         ValueError: a field of the sweep cannot be used, the folder holds another config, or all
             runs failed.
+        TypeError: a field gives an argument that what it names does not take.
+        ModuleNotFoundError: a data set needs the extra `data`.
         train.Stopped: SIGTERM or Ctrl-C arrived; the runs in progress have been saved.
         KeyboardInterrupt: Ctrl-C came twice; the runs in progress have been killed, and keep what
             they had saved.
@@ -122,7 +124,7 @@ def _start(workdir: Path, name: str, source: str | Path | None) -> Worker:
     folder.mkdir(parents=True, exist_ok=True)
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(workdir / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     arguments = [] if source is None else [os.path.abspath(source)]
     with open(folder / "log.txt", "ab") as log:

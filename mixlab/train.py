@@ -68,8 +68,11 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     Raises:
         ValueError: a field cannot be used, the folder holds another config, or another process
             was started with one.
+        TypeError: a field gives an argument that what it names does not take.
+        ModuleNotFoundError: the data set needs the extra `data`.
         Diverged: a loss became NaN or infinite; the last good checkpoint is kept.
-        Stopped: SIGTERM arrived, in any process, or Ctrl-C; the state has been saved.
+        Stopped: SIGTERM arrived, in any process, or Ctrl-C, if there is one process; the state has
+            been saved.
         KeyboardInterrupt: Ctrl-C came twice; older checkpoints are kept.
         distributed.FailedElsewhere: process 0 failed.
         checkpoint.CheckpointError: saving failed, e.g. because the disk is full.
@@ -338,7 +341,9 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
 
     Raises:
         ValueError: a swept field is unknown or has no values, `sweep_skip` names a field that is
-            not swept or leaves nothing, or two runs would have the same name.
+            not swept or leaves nothing, two runs would have the same name, or a field of one
+            cannot be used.
+        TypeError: a field gives an argument that what it names does not take.
     """
     sweep: dict[str, tuple[Any, ...]] = {
         field: tuple(values) for field, values in config.sweep.items()
@@ -468,8 +473,8 @@ def write_json(path: Path, content: Any) -> None:
 def termination() -> Iterator[Callable[[], int]]:
     """Gives a function that tells which signal to end has arrived, 0 before one has.
 
-    That is SIGTERM, here or in another process, or Ctrl-C (SIGINT), here; whoever presses that
-    once more, or after SIGTERM, interrupts as usual.
+    Of several processes that is SIGTERM in any of them; of one, SIGTERM or Ctrl-C (SIGINT). Whoever
+    presses that once more, or after SIGTERM, interrupts as usual.
     """
     arrived: list[int] = []
     if jax.process_count() > 1:

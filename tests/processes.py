@@ -62,7 +62,7 @@ if __name__ == "__main__":
     distributed.initialize()
     # One folder after the other compiles the same programs.
     jax.config.update("jax_compilation_cache_dir", sys.argv[2].split(":")[0] + "_cache")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     for argument in sys.argv[2:]:
         place, _, count = argument.partition(":")
         run(place, int(count or 0))

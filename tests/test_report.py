@@ -193,7 +193,8 @@ def test_communication_is_told_by_kind(large):
     assert dict(zip(head, isolated, strict=True))["parameters sent"] == "-"
     with open(large.parent / "results.csv") as file:
         row = list(csv.DictReader(file))[2]
-    assert (row["MB sent"], row["seconds"], row["gradients sent"]) == ("6.0", "100.75", "")
+    assert (row["MB sent"], row["seconds"], row["activations sent"]) == ("6.0", "100.75", "4.0")
+    assert "gradients sent" not in row
 
 
 def test_what_a_strategy_determines_is_no_setting(undrawn, tmp_path):

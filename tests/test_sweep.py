@@ -108,10 +108,16 @@ def test_what_is_wrong_with_a_field_on_the_command_line_is_told_in_a_line(
 
 
 OWN = """
-from mixlab import augment
+import numpy as np
+
+from mixlab import agents, augment
 from tests.sweep_config import get_config as theirs
 
 augment.CONSTRUCTORS["mine"] = augment.identity
+agents.topology.TOPOLOGIES["both"] = lambda n: agents.from_edges(n, [(0, 1)])
+agents.partition.PARTITIONS["halves"] = lambda labels, num_agents, seed, *, first=0.5: np.split(
+    np.arange(len(labels)), [int(first * len(labels))]
+)
 
 
 def get_config(variant="few"):
@@ -119,6 +125,7 @@ def get_config(variant="few"):
         raise ValueError(f"variant {variant!r} is unknown; known: few")
     config = theirs()
     config.update(augment="mine", pretrain_epochs=0, rounds=1)
+    config.update(topology="both", partition="halves(first=0.25)")
     config.sweep.optimizer = ("adam(1e-2)",)
     config.sweep.strategy = ("wa",)
     return config
@@ -153,7 +160,7 @@ def test_what_is_wrong_in_a_config_file_is_told_in_a_line(tmp_path):
         check=True,
     ).stderr
     assert "ValueError: variant 'many' is unknown; known: few" in says
-    assert f'(File "{configs[0][:-5]}", line 10, in get_config)' in says
+    assert f'(File "{configs[0][:-5]}", line 16, in get_config)' in says
     assert "Traceback" not in says
     assert "\nmixlab: cannot read the config: " in says
     assert says.endswith(f"No such file or directory: '{configs[1]}'\n")

@@ -8,7 +8,7 @@ Columns of interest: consensus against plain average, and both distances.
 Command:  mixlab sweep --config configs/dimat/augment.py --workdir runs/dimat_augment --jobs 2
 Data:     5,000 real handwritten digits that come with the installation (4,000 to train on).
 Measured: 17 minutes on one core. Of isolated agents the aligned mean is 6.4 points below the agents
-          without augmentation, 0.5 with mixup, 10 with RandAugment; gossip gains 1.5 to 3.5 points
+          without augmentation, 0.5 with mixup, 10 with RandAugment; gossip gains 1.2 to 3.2 points
           with any; all tables in configs/README.md.
 """
 

@@ -1,7 +1,7 @@
 """Which rule withstands Byzantine workers? Seven rules, 0 to 3 of 15 workers, four attacks.
 
 All workers train one model; a rule takes the place of the mean of their gradients at every step, as
-in the paper of the Flag Aggregator (Almasi et al., ICML 2024): random gradients, reversed and ten
+in the paper of the Flag Aggregator (Almasi et al., ICLR 2024): random gradients, reversed and ten
 times as long, ALIE, and images that a flow distorts. Each rule that has to be told how many workers
 it is to withstand is told three. Three seeds, 273 runs.
 

@@ -7,7 +7,7 @@ and on two classes an agent; three seeds, 96 runs. The report tells what happene
 Command:  mixlab sweep --config configs/dimat/faults.py --workdir runs/dimat_faults --jobs 2
 Data:     5,000 real handwritten digits that come with the installation (4,000 to train on).
 Measured: 33 minutes on one core. With even data an absence costs 1.3 to 3.0 points, late and lost
-          messages at most half a point, of SGP 2.4. Table and figures are in configs/README.md.
+          messages at most half a point, of SGP 2.5. Table and figures are in configs/README.md.
 """
 
 from ml_collections import ConfigDict

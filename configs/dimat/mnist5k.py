@@ -1,10 +1,10 @@
 """Nine ways to train together on digits: accuracy against rounds, bytes and seconds.
 
-Agents are trained apart first and then communicate: never (none), after each round (wa averages
-neighbours, dimat aligns them first, gossip(align='once') has aligned all to one basis), or at every
-step (dpsgd, cdsgd, sgp, cdmsgd, cga). On a ring, a complete graph and one with two hubs; with even
-data, two classes an agent, and shares drawn from Dirichlet(0.5); five and ten agents; three seeds.
-That makes 450 runs, as isolated agents depend on no topology.
+Agents are trained apart first and then communicate: never (none), at the beginning of each round
+(wa averages neighbours, dimat aligns them first, gossip(align='once') has aligned all to one
+basis), or at every step (dpsgd, cdsgd, sgp, cdmsgd, cga). On a ring, a complete graph and one with
+two hubs; with even data, two classes an agent, and shares drawn from Dirichlet(0.5); five and ten
+agents; three seeds. That makes 450 runs, as isolated agents depend on no topology.
 
 All make the same local step, SGD with Nesterov momentum: cdmsgd and cga bring the momentum
 themselves, so their optimizer has none, and cdsgd, which is defined without, has a larger step in

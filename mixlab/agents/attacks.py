@@ -332,7 +332,8 @@ def parse(text: str | Attack | DataAttack) -> Attack | DataAttack:
     """Builds an attack from text such as `"ipm(tau=0.1)"`.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name, of which the message lists the known ones, or an argument out
+            of range.
         TypeError: an argument that the attack does not take.
     """
     if isinstance(text, Attack | DataAttack):

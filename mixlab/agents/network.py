@@ -28,7 +28,8 @@ class Message(NamedTuple):
     """A kind of message that a program sends.
 
     Attributes:
-        kind: "parameters", "statistics" (of BatchNorm), "gradients", "data" or "activations".
+        kind: "parameters", "statistics" (of BatchNorm), "gradients", or another name, under which
+            reports show it.
         num_bytes: of one message, from one agent to one other.
     """
 

@@ -13,7 +13,7 @@ What needs a number of all agents but no other number of a model, as a mean does
 (`Axis.reduce`, `Axis.combine`): each device takes a share of the numbers, of all the agents.
 
 This is the only module that names `jax.pmap`. pmap is in maintenance mode (JAX 0.8 changelog); a
-port to `jax.shard_map` would replace `Parallel.compile` and nothing else.
+port to `jax.shard_map` would replace `Parallel.compile`, `Parallel._gathered` and nothing else.
 """
 
 import functools
@@ -447,7 +447,9 @@ def largest_divisor(n: int, limit: int) -> int:
 
 
 def force_cpu_devices(num_agents: int) -> int:
-    """Splits the CPU into one device an agent, 8 at most or one a core if there are more.
+    """Splits the CPU into devices that all hold equally many agents, as many as may be.
+
+    They are 8 at most, or one a core if there are more.
 
     Call it before JAX starts its backends: the environment is read once. It changes nothing
     where XLA_FLAGS already forces a number of devices.

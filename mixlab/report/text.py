@@ -10,7 +10,8 @@ aligning (agents aligned only pairwise live in different bases, where it is near
 *distance*: root mean square distance of the agents to that consensus, as a fraction of their norm;
 *plain distance*: to the plain average. *MB sent*: by an agent, on average, in the whole run.
 *seconds*: training, matching and merging, without compilation and evaluation.
-Agents that average within each step are shown, under *merged*, as the average they would form next.
+Agents that average within each step, before they train in it, are shown under *merged* as the
+average they would form next.
 """
 
 LEGEND_OF_ONE = """\
@@ -31,10 +32,11 @@ merge, at the same time.
 
 LEGEND_OF_COMMUNICATION = """\
 An agent's share on average, in the whole run. *messages*: sent; *sent* and *received*: megabytes
-(10^6 bytes) by kind; *most sent*: by the agent that sends most; *local*, *match*, *merge*: seconds
-of all agents together, without compilation; of what mixes within steps *merge* is by how much a
-step takes longer than one of agents that do not communicate, timed once a run. Runs that were made
-at the same time (`mixlab sweep --jobs`) have slowed one another.
+(10^6 bytes) by kind (activations are not sent: who has a neighbour's model can compute them);
+*most sent*: by the agent that sends most; *local*, *match*, *merge*: seconds of all agents
+together, without compilation; of what mixes within steps *merge* is by how much a step takes longer
+than one of agents that do not communicate, timed once a run. Runs that were made at the same time
+(`mixlab sweep --jobs`) have slowed one another.
 """
 
 

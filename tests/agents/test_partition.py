@@ -122,6 +122,17 @@ def test_seeds_differ():
         assert any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True)), text
 
 
+def test_a_registered_partition_is_parsed_and_held_to_the_number_of_agents(monkeypatch):
+    def halves(labels, num_agents, seed, *, first=0.5):
+        return np.split(np.arange(len(labels)), [int(first * len(labels))])
+
+    monkeypatch.setitem(partition.PARTITIONS, "halves", halves)
+    dealt = partition.parse("halves(first=0.25)")
+    assert [len(part) for part in dealt(np.zeros(8, int), 2, 0)] == [2, 6]
+    with pytest.raises(ValueError, match="halves dealt to 2 agents, there are 3"):
+        dealt(np.zeros(8, int), 3, 0)
+
+
 def test_parse_keeps_the_options():
     labels = np.arange(60) % 6
     parts = partition.parse("shards(classes_per_agent=3)")(labels, 4, 7)

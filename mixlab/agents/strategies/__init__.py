@@ -44,7 +44,8 @@ def parse(text: str | Strategy, topology: Topology) -> Strategy:
     """Builds a strategy from text such as `"dimat(opt_state='permute')"`.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name, of which the message lists the known ones, or an argument that
+            is out of range or does not suit the topology.
         TypeError: an argument that the strategy does not take.
     """
     if isinstance(text, Strategy):

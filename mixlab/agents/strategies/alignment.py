@@ -332,7 +332,8 @@ def to_one_order(
         variables: leaves [k, ...] of the block.
         forest: see `spanning_forest`.
         universe: go on from there, matching one agent after the other to the mean of all others,
-            until none moves: the result is consistent around every cycle of agents. Roots stay.
+            until none moves, ten times around at most: the result is consistent around every cycle
+            of agents. Roots stay.
 
     Returns:
         Leaves [k, ...].

@@ -27,8 +27,8 @@ def wa(
 
     Args:
         topology: who receives from whom, and the weights.
-        merge: any method of `mixlab.merge` in the place of the weighted mean, such as
-            `"median"`, see `Network.merge`.
+        merge: any method of `mixlab.merge` that makes one model of models alone, in the place of
+            the weighted mean, such as `"median"`, see `Network.merge`.
         opt_state: what becomes of the optimizer's state at a merge: "keep" one's own, "reset"
             it, or "permute", which merges the moments together with the weights.
 
@@ -63,8 +63,8 @@ def gossip(
         topology: who receives from whom, and the weights; the tree takes edges both ways, and
             those of all rounds where the graph changes with time.
         align: "never" is `wa`; "once"; "every" aligns in every round; "universe" aligns once, and
-            then matches each agent to the mean of all others until none moves, for which
-            everyone needs to see everyone's model.
+            then matches each agent to the mean of all others until none moves, ten times around
+            at most, for which everyone needs to see everyone's model.
         matching: by "activations" on the images of the problem, or by "weights".
         statistic: of activations, "correlation" or "second_moment".
         merge: as for `wa`.
@@ -176,8 +176,9 @@ def dimat(
         statistic: of activations, "correlation" (DIMAT) or "second_moment" (git re-basin).
         batch: the number of images in one forward pass of matching, to spare memory; all at once
             by default.
-        merge: any method of `mixlab.merge` in the place of the weighted mean, such as
-            `"trimmed_mean(1)"`; it merges the aligned neighbourhood, see `Network.merge`.
+        merge: any method of `mixlab.merge` that makes one model of models alone, in the place of
+            the weighted mean, such as `"trimmed_mean(1)"`; it merges the aligned neighbourhood, see
+            `Network.merge`.
         opt_state: what becomes of the optimizer's state at a merge: "reset" (DIMAT), "keep" one's
             own, or "permute": the neighbours' moments are sent, permuted and merged with their
             weights.

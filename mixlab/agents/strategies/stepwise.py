@@ -130,6 +130,7 @@ def cdmsgd(topology: Topology, *, momentum: float = 0.9) -> Strategy:
     Source: Jiang et al., NeurIPS 2017, algorithm 2; the form is that of DIMAT's baseline.
     """
     _check_momentum(momentum)
+    topology.require_doubly_stochastic("cdmsgd")
     return cdsgd(topology)._replace(
         name="cdmsgd", optimizer=functools.partial(_with_momentum, momentum, True)
     )
@@ -169,12 +170,14 @@ def ldsgd(
         momentum: Nesterov, see `cdmsgd`.
 
     Raises:
-        ValueError: a cycle of no steps, or a momentum that is out of range.
+        ValueError: a cycle of no steps, a momentum that is out of range, or weights that are not
+            doubly stochastic.
 
     Source: Li, Yang, Wang and Zhang 2019, "Communication-efficient local decentralized SGD
     methods"; the momentum and the defaults are of DIMAT's baseline.
     """
     _check_cycle(local, mixing)
+    topology.require_doubly_stochastic("ldsgd")
     plain = cdmsgd(topology, momentum=momentum)
 
     def sometimes(network: Network) -> Network:
@@ -213,11 +216,11 @@ def swarm(
         local: steps at the start of a cycle in which the two only train.
         mixing: the steps after them, in which they average too.
         momentum: heavy ball, kept to oneself, before the configured optimizer.
-        pairs: the edges to take instead, [T, 2], again and again.
+        pairs: whom to take instead, [T, 2], again and again; they need not be neighbours.
 
     Raises:
-        ValueError: a topology without edges that go both ways, pairs that are no edges, a cycle of
-            no steps, or a momentum that is out of range.
+        ValueError: a topology without edges that go both ways, pairs that are not of two different
+            agents, a cycle of no steps, or a momentum that is out of range.
 
     Source: Nadiradze et al., NeurIPS 2021, "Asynchronous decentralized SGD with quantized and
     local updates", algorithm 1 without quantisation; the cycles are of DIMAT's baseline.
@@ -315,8 +318,8 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
             direction then is the one nearest to q that no neighbour's gradient opposes.
 
     Raises:
-        ValueError: an edge that goes one way, an unknown projection, or a momentum that is out of
-            range.
+        ValueError: an edge that goes one way, an unknown projection, a momentum that is out of
+            range, or weights that are not doubly stochastic.
 
     Source: Esfandiari et al., ICML 2021, algorithm 1; Lopez-Paz and Ranzato, NeurIPS 2017 (GEM).
     """
@@ -329,6 +332,7 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
             f"cga needs neighbours that answer, but {topology.name} has edges that go one way; "
             f"use an undirected graph"
         )
+    topology.require_doubly_stochastic("cga")
     plain = cdmsgd(topology, momentum=momentum)
 
     def local_step(

@@ -31,6 +31,7 @@ from mixlab.agents.topology.sequences import (
 from mixlab.agents.topology.weights import WEIGHTS, dimat, metropolis, push, uniform
 
 __all__ = [
+    "TOPOLOGIES",
     "WEIGHTS",
     "Topology",
     "bipartite",
@@ -59,7 +60,7 @@ __all__ = [
     "uniform",
 ]
 
-_VOCABULARY: dict[str, Callable[..., Topology]] = {
+TOPOLOGIES: dict[str, Callable[..., Topology]] = {
     fn.__name__: fn
     for fn in (
         bipartite, complete, disconnected, erdos_renyi, exponential, from_edges, grid, hypercube,
@@ -67,13 +68,14 @@ _VOCABULARY: dict[str, Callable[..., Topology]] = {
         torus,
     )
 }  # fmt: skip
+"""Every topology of any number of agents, which is its function's first argument, by its name."""
 
 
 def parse(text: str, num_agents: int) -> Topology:
     """The topology that `text` describes, for so many agents.
 
     Args:
-        text: a constructor of this module without its `n`: `"ring"`, `"torus(rows=2)"`,
+        text: one of `TOPOLOGIES` without its number of agents: `"ring"`, `"torus(rows=2)"`,
             `"erdos_renyi(p=0.4, seed=1)"`, `"from_matrix([[0.5, 0.5], [0.5, 0.5]])"`,
             `"sequence([ring, torus(rows=2)])"`.
         num_agents: A.
@@ -84,7 +86,7 @@ def parse(text: str, num_agents: int) -> Topology:
         TypeError: the constructor takes no such argument.
     """
     vocabulary: dict[str, Callable[..., Topology]] = {
-        name: functools.partial(fn, num_agents) for name, fn in _VOCABULARY.items()
+        name: functools.partial(fn, num_agents) for name, fn in TOPOLOGIES.items()
     }
     topology = spec.parse(text, {**vocabulary, "from_matrix": from_matrix, "sequence": sequence})
     if not isinstance(topology, Topology):

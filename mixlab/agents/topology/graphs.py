@@ -65,7 +65,7 @@ def from_edges(
 
     Raises:
         ValueError: the edges are not pairs of whole numbers, one names no agent or joins one to
-            itself, or the graph is not connected.
+            itself, the graph is not connected, or the weights are unknown or do not fit it.
     """
     check_count(n)
     pairs = np.asarray(edges)
@@ -210,6 +210,9 @@ def star(n: int, *, weights: str = "metropolis") -> Topology:
     Args:
         n: number of agents.
         weights: one of `WEIGHTS`.
+
+    Raises:
+        ValueError: no agents, or weights that are unknown or do not fit the graph.
     """
     return from_edges(n, [(0, i) for i in range(1, check_count(n))], weights=weights, name="star")
 
@@ -266,6 +269,9 @@ def grid(n: int, rows: int | None = None, *, weights: str = "metropolis") -> Top
         n: number of agents.
         rows: a divisor of n; by default the one that makes the rectangle most square.
         weights: one of `WEIGHTS`.
+
+    Raises:
+        ValueError: rows that do not divide n, or weights that are unknown or do not fit the graph.
     """
     height, width = _sides(n, rows)
     edges = [(i, i + 1) for i in range(n) if (i + 1) % width]
@@ -280,6 +286,9 @@ def torus(n: int, rows: int | None = None) -> Topology:
         n: number of agents.
         rows: a divisor of n; by default the one that makes the rectangle most square (a prime
             number of agents makes a ring).
+
+    Raises:
+        ValueError: rows that do not divide n.
     """
     height, width = _sides(n, rows)
     down = [(i, (i + width) % n) for i in range(n)]
