@@ -14,11 +14,11 @@ Variants: configs/experts.py:mnist5k   the default: a dense network; digits turn
           configs/experts.py:cifar10   a small CNN on 20,000 images of 16x16; five pairs of classes
           that look alike, all of which the base has seen. Needs the extra `data`, which downloads
           CIFAR-10, or --config.data_dir=DIR where it is prepared already.
-Measured: 2026-11-25, two cores (AMD EPYC, Zen 4), shared with other work: 7 minutes for mnist5k, 6
-          for cifar10, three seeds each. Average accuracy over the tasks, in percent:
+Measured: 2026-11-25 and 30, two cores (AMD EPYC, Zen 4), shared with other work: 7 minutes for
+          mnist5k, 8 for cifar10, three seeds each. Average accuracy over the tasks, in percent:
           mnist5k: base 20.9 ± 1.5, average 39.4 ± 1.7, task arithmetic 49.5 ± 2.1, Fisher 57.0 ±
           3.1, TIES 59.5 ± 5.1, RegMean 74.2 ± 0.9, TALL masks 89.1 ± 0.8, experts 92.7 ± 0.3.
-          cifar10: base 64.0 ± 1.8, average 67.5 ± 0.8, experts 73.7 ± 2.1; nothing that makes one
+          cifar10: base 64.1 ± 1.9, average 67.5 ± 0.6, experts 73.7 ± 1.7; nothing that makes one
           model differs from the average by more than the deviations but downwards.
           All methods, beside the published results of CLIP: configs/README.md.
 """

@@ -1,4 +1,4 @@
-"""`mixlab train` for a config of several small runs, as one of several processes.
+"""`mixlab train` for a small run, as one of several processes.
 
 `python -m tests.processes train FOLDER[:STEPS] ...` runs it in one folder after the other; after
 STEPS steps there, the last process sends itself SIGTERM.
@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     config.augment = "identity"
     config.pretrain_epochs = 1
     config.model = "mlp(hidden=(16,))"
-    config.sweep = {"strategy": ("wa", "dimat")}
     return config
 
 

@@ -46,7 +46,7 @@ def test_the_readme_has_an_example_a_room():
     ] == ["augment", "merge", "align", "agents"]
     imported = [re.findall(r"from mixlab import (.*)", block)[0] for block in README]
     assert all(any(room in names for names in imported) for room in ("augment", "merge", "align"))
-    assert len(README) == 8
+    assert len(README) == 9
 
 
 @pytest.mark.slow

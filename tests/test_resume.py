@@ -89,7 +89,7 @@ def test_sigterm_saves_and_a_later_start_goes_on(finished, tmp_path, like):
 
 @pytest.mark.slow
 def test_a_full_disk_is_told_and_costs_nothing(finished, tmp_path, like):
-    wide = "--config.model=mlp(hidden=(2048,))"
+    wide = "--config.model=mlp(hidden=(256,))"
     result = run(*command(tmp_path, wide), interrupted=["full", "2"])
     assert result.returncode == 1
     told = result.stderr.rstrip().splitlines()[-1]  # orbax's threads may complain before it

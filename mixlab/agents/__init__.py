@@ -31,6 +31,7 @@ from mixlab.agents.strategies import (
     swarm,
     wa,
 )
+from mixlab.agents.team import Team
 from mixlab.agents.topology import (
     Topology,
     bipartite,
@@ -66,6 +67,7 @@ __all__ = [
     "Parallel",
     "Problem",
     "Strategy",
+    "Team",
     "Topology",
     "attacks",
     "bipartite",

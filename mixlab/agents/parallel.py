@@ -100,6 +100,24 @@ def whole_axis(ids: Array, each: Callable[[Callable[..., Any]], Callable[..., An
     return Axis(ids, each, lambda tree: tree, pick, choose, reduce, combine)
 
 
+def each_of(per_device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """How the agents of a device run: `each_of(per_device)(fn)` gives what `jax.vmap(fn)` does."""
+    return _loop if loop_or_vmap(per_device) == "loop" else jax.vmap
+
+
+def loop_or_vmap(per_device: str) -> str:
+    """Which of the two `per_device` stands for: "auto" is "vmap" but on CPU.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if per_device not in PER_DEVICE:
+        raise ValueError(f"per_device must be auto, loop or vmap, got {per_device!r}")
+    if per_device == "auto":
+        return "loop" if jax.default_backend() == "cpu" else "vmap"
+    return per_device
+
+
 def _loop(fn: Callable[..., Any]) -> Callable[..., Any]:
     """As `jax.vmap(fn)`, but unrolled: no operation of `fn` is batched over agents.
 
@@ -189,7 +207,7 @@ class Parallel:
         Returns:
             `run(state, agents, shared)`, the first two in the layout of `put`.
         """
-        each = _loop if self.per_device == "loop" else jax.vmap
+        each = each_of(self.per_device)
         size = self.per_block
 
         def block(state: PyTree, agents: PyTree, shared: PyTree) -> PyTree:
@@ -392,8 +410,7 @@ def parallel(
         raise ValueError(f"agents must be at least 1, got {num_agents}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if per_device not in PER_DEVICE:
-        raise ValueError(f"per_device must be auto, loop or vmap, got {per_device!r}")
+    inside = loop_or_vmap(per_device)
     processes = jax.process_count()
     if backend != "pmap":
         if per_device not in ("auto", backend):
@@ -431,14 +448,12 @@ def parallel(
             f"{num_agents} agents cannot be spread evenly over {num_devices} devices; use a "
             f"multiple of {num_devices} agents, or devices={fits}"
         )
-    if per_device == "auto":
-        per_device = "loop" if devices[0].platform == "cpu" else "vmap"
     chosen = [
         device
         for process in range(processes)
         for device in [d for d in devices if d.process_index == process][: num_devices // processes]
     ]
-    return Parallel(num_agents, backend, per_device, tuple(chosen))
+    return Parallel(num_agents, backend, inside, tuple(chosen))
 
 
 def largest_divisor(n: int, limit: int) -> int:

@@ -450,7 +450,7 @@ def test_a_rule_among_some_takes_the_others_for_their_median():
         ("wa(merge='median')", agents.matchings(6), "changes with time"),
         ("dpsgd(merge='median')", agents.one_peer_exponential(8), "changes with time"),
         ("dpsgd", agents.star(5, weights="uniform"), "dpsgd needs doubly stochastic"),
-        ("cga", agents.star(5, weights="uniform"), "cdsgd needs doubly stochastic"),
+        ("cga", agents.star(5, weights="uniform"), "cga needs doubly stochastic"),
     ],
 )
 def test_what_a_strategy_cannot_work_with_is_refused(text, topology, says):

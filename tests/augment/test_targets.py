@@ -136,7 +136,7 @@ def test_boxes_move_exactly(text):
     labels = np.asarray(batch["box_label"])
     aug = augment.parse(text)
     plan = aug.sample(KEY, batch)
-    out = jax.tree.map(np.asarray, aug.apply(plan, batch))
+    out = jax.tree.map(np.asarray, jax.jit(aug.apply)(plan, batch))
     for b in range(B):
         for n in range(N):
             box, _ = shown(out["image"][b], labels[b, n])
@@ -192,7 +192,7 @@ def test_boxes_between_pixels_are_cut_where_they_are():
     batch = {"image": jnp.zeros((2, H, W, 1)), "boxes": jnp.stack([box[None]] * 2)}
     aug = augment.cutmix(pairing="roll")
     plan = aug.sample(KEY, batch) | {"box": jnp.asarray([[0, 0, 5, W], [5, 0, H, W]], jnp.int32)}
-    out = aug.apply(plan, batch)
+    out = jax.jit(aug.apply)(plan, batch)
     upper, lower = [2.25, 3.5, 5, 8.125], [5, 3.5, 9.75, 8.125]
     np.testing.assert_array_equal(out["boxes"], [[lower, upper], [upper, lower]])
     shares = np.array([4.75, 2.75]) / 7.5
@@ -206,7 +206,7 @@ def test_mixup_weighs_boxes_and_one_hot_masks():
     with pytest.raises(TypeError, match="one_hot"):
         aug.apply(plan, batch)
     hot = jax.nn.one_hot(batch["mask"], N * B + 1, dtype=jnp.bfloat16)
-    out = aug.apply(plan, {**batch, "mask": hot})
+    out = jax.jit(aug.apply)(plan, {**batch, "mask": hot})
     lam = np.asarray(plan["lam"])
     weight = np.repeat(np.stack([lam, 1 - lam], 1), N, 1)
     np.testing.assert_allclose(out["box_weight"], weight, atol=1e-5)
@@ -217,7 +217,7 @@ def test_mixup_weighs_boxes_and_one_hot_masks():
     np.testing.assert_allclose(np.asarray(out["mask"].sum(-1), np.float32), 1, atol=0.01)
     # Mixed once more, the weights multiply.
     again = augment.mixup(1.0, pairing="roll")
-    twice = again.apply(again.sample(KEY, batch), {**out, "mask": None})
+    twice = jax.jit(again.apply)(again.sample(KEY, batch), {**out, "mask": None})
     assert twice["boxes"].shape == (B, 4 * N, 4)
     np.testing.assert_allclose(twice["box_weight"].sum(1), N, atol=1e-4)
 
@@ -228,7 +228,7 @@ def test_resizemix_shrinks_the_partners_boxes():
     aug = augment.resizemix((0.5, 0.8))
     plan = aug.sample(KEY, batch) | {"use": jnp.arange(B) > 0}
     plan["partner"] = (jnp.arange(B, dtype=jnp.int32) + 1) % B
-    out = jax.tree.map(np.asarray, aug.apply(plan, batch))
+    out = jax.tree.map(np.asarray, jax.jit(aug.apply)(plan, batch))
     for b in range(1, B):
         for n in range(N):
             box, count = shown(out["image"][b], labels[(b + 1) % B, n])
@@ -324,10 +324,11 @@ def test_transplant():
     """One class of the partner, each that it shows as often as the others; what is left stays."""
     batch = scene()
     aug = augment.transplant(exclude=0, prob=0.8)
+    sample, apply = jax.jit(aug.sample), jax.jit(aug.apply)
     counts = np.zeros(N)
     for seed in range(12):
-        plan = aug.sample(jax.random.key(seed), batch)
-        out = jax.tree.map(np.asarray, aug.apply(plan, batch))
+        plan = sample(jax.random.key(seed), batch)
+        out = jax.tree.map(np.asarray, apply(plan, batch))
         for b in range(B):
             old, new, donor = (
                 np.asarray(m) for m in (batch["mask"][b], out["mask"][b], batch["mask"][b - 1])
@@ -345,9 +346,8 @@ def test_transplant():
     assert abs(counts[0] / used - 0.5) < 5 * 0.5 / used**0.5
     assert abs(used / (12 * B) - 0.8) < 5 * 0.4 / (12 * B) ** 0.5
     every = augment.transplant(exclude=range(1, 99))
-    out = every.apply(
-        plan := every.sample(KEY, batch | {"mask": batch["mask"].at[:].max(1)}), batch
-    )
+    plan = jax.jit(every.sample)(KEY, batch | {"mask": batch["mask"].at[:].max(1)})
+    out = jax.jit(every.apply)(plan, batch)
     assert (plan["mask"] == 1).all()
     np.testing.assert_array_equal(out["image"], batch["image"])
     with pytest.raises(KeyError, match="mask"):

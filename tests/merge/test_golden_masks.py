@@ -150,10 +150,11 @@ def test_twin(inputs, density):  # noqa: F811
 
 
 def test_pcb_compiled_keeps_what_it_keeps_otherwise():
+    run = jax.jit(lambda models, base: merge.pcb()(models, base=base))
     for seed in range(100, 110):
         rng = np.random.default_rng(seed)
         models = [{"a": np.float32(0.02 * rng.normal(size=(64, 64)))} for _ in range(4)]
         base = {"a": np.zeros((64, 64), np.float32)}
         plain = merge.pcb()(models, base=base)
-        compiled = jax.jit(lambda models, base: merge.pcb()(models, base=base))(models, base)
+        compiled = run(models, base)
         np.testing.assert_allclose(compiled["a"], plain["a"], atol=1e-6)

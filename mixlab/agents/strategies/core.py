@@ -69,14 +69,14 @@ class Gradients(NamedTuple):
     Attributes:
         grads: of the loss at the agents' own variables on their own batches.
         batch_stats: BatchNorm statistics after the batch, None for a model without.
-        batch: the batches, as the model sees them.
+        batch: the batches, as the model sees them. It and `of` are for `cga` alone.
         of: `of(variables, batch) -> grads`, for one agent, of any variables on any batch.
     """
 
     grads: PyTree
-    batch_stats: PyTree
-    batch: Batch
-    of: Callable[[PyTree, Batch], PyTree]
+    batch_stats: PyTree = None
+    batch: Batch | None = None
+    of: Callable[[PyTree, Batch], PyTree] | None = None
 
 
 class Strategy(NamedTuple):

@@ -319,7 +319,8 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
 
     Raises:
         ValueError: an edge that goes one way, an unknown projection, a momentum that is out of
-            range, or weights that are not doubly stochastic.
+            range, or weights that are not doubly stochastic; in a step, gradients without the
+            batch and the function that gives others.
 
     Source: Esfandiari et al., ICML 2021, algorithm 1; Lopez-Paz and Ranzato, NeurIPS 2017 (GEM).
     """
@@ -342,6 +343,9 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
         others, real = slots[:, 1:], valid[:, 1:]
         if not others.shape[1]:
             return plain.local_step(network, problem, state, gradients)
+        if gradients.of is None or gradients.batch is None:
+            raise ValueError("cga takes gradients of others' models: Gradients(batch=..., of=...)")
+        gradient_of = gradients.of
         # As which neighbour of j agent i is answered, for j the neighbour of i in slot s.
         mine = np.argmax(others[others] == np.arange(len(others))[:, None, None], axis=2)
 
@@ -350,7 +354,7 @@ def cga(topology: Topology, *, momentum: float = 0.9, projection: str = "dimat")
         def answers(asked: Array, variables: PyTree, batch: PyTree) -> PyTree:
             def answer(row: Array) -> PyTree:
                 params = jax.tree.map(lambda x: x[row], arrived.pool)
-                return gradients.of({**variables, "params": params}, batch)
+                return gradient_of({**variables, "params": params}, batch)
 
             return trees.stack([answer(asked[s]) for s in range(others.shape[1])])
 
