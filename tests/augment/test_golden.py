@@ -194,12 +194,12 @@ def test_pairs_share_their_draws(mode):
     """In timm's modes pair and half; in half the first rows come out."""
     batch = {"image": jnp.zeros((9, 8, 6, 1)), "label": jnp.eye(9), "index": jnp.arange(9)}
     either = timm_mixup(mode, True)
-    plan = either.sample(jax.random.key(1), batch)
+    plan = jax.jit(either.sample)(jax.random.key(1), batch)
     np.testing.assert_array_equal(plan["choice"], plan["choice"][::-1])
     for part in (plan["0"], plan["1"]):
         for name in set(part) - {"partner"}:
             np.testing.assert_array_equal(part[name], part[name][::-1])
-    out = either.apply(plan, batch)
+    out = jax.jit(either.apply)(plan, batch)
     assert out["index"].tolist() == list(range(9 if mode == "pair" else 5))
     assert {len(leaf) for leaf in out.values()} == {len(out["index"])}
 

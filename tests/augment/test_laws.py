@@ -150,8 +150,8 @@ def test_patches():
 def test_segments_of_signals():
     aug = augment.cutmix()
     batch = {"image": jnp.arange(4000.0)[:, None, None] * jnp.ones((1, 40, 1)) / 4000}
-    plan = aug.sample(jax.random.key(4), batch)
-    out = aug.apply(plan, batch)["image"][..., 0]
+    plan = jax.jit(aug.sample)(jax.random.key(4), batch)
+    out = jax.jit(aug.apply)(plan, batch)["image"][..., 0]
     own = np.mean(out == batch["image"][..., 0], axis=1)
     moved = np.asarray(plan["partner"]) != np.arange(4000)
     np.testing.assert_allclose(own[moved], plan["lam"][moved], atol=1e-6)
@@ -181,17 +181,18 @@ def test_random_erasing_gives_up_and_paints():
     batch = {"image": jnp.full((300, 20, 30, 3), 9, jnp.uint8)}
     never = augment.random_erasing(1.0, (1.0, 1.0), (1.0, 1.0), 255)
     for image in (batch["image"], batch["image"][:, :, :20]):
-        np.testing.assert_array_equal(never(jax.random.key(0), {"image": image})["image"], image)
+        out = jax.jit(never)(jax.random.key(0), {"image": image})["image"]
+        np.testing.assert_array_equal(out, image)
     aug = augment.random_erasing(1.0, value=(0, 128, 255))
-    plan = aug.sample(jax.random.key(1), batch)
-    out = np.asarray(aug.apply(plan, batch)["image"])
+    plan = jax.jit(aug.sample)(jax.random.key(1), batch)
+    out = np.asarray(jax.jit(aug.apply)(plan, batch)["image"])
     for image, (top, left, bottom, right) in zip(out, plan["box"], strict=True):
         want = np.full((20, 30, 3), 9)
         want[top:bottom, left:right] = (0, 128, 255)
         np.testing.assert_array_equal(image, want)
     for kind, extent in (("channel", (1, 1)), ("pixel", (20, 30))):
         noisy = augment.random_erasing(1.0, value=kind, noise=(0.5, 0.1))
-        drawn = np.asarray(noisy.sample(jax.random.key(2), batch)["noise"])
+        drawn = np.asarray(jax.jit(noisy.sample)(jax.random.key(2), batch)["noise"])
         assert drawn.shape == (300, *extent, 3)
         assert drawn.mean() == pytest.approx(0.5, abs=4 * 0.1 / drawn.size**0.5)
         assert drawn.std() == pytest.approx(0.1, abs=0.01)
@@ -212,7 +213,7 @@ def test_cutout():
 def test_holes_of_gridmix():
     """The mask's share is the label's; at lam = 1 there are no holes; any size of image works."""
     batch = {"image": jnp.zeros((200, 18, 27, 1)), "label": jnp.eye(200)}
-    plan = augment.gridmix().sample(jax.random.key(6), batch)
+    plan = jax.jit(augment.gridmix().sample)(jax.random.key(6), batch)
     np.testing.assert_allclose(plan["mask"].mean((1, 2)), plan["lam"], atol=1e-6)
     assert 0.5 < float(plan["lam"].mean()) < 0.9
-    assert (augment.gridmix(0).sample(jax.random.key(6), batch)["mask"] == 1).all()
+    assert (jax.jit(augment.gridmix(0).sample)(jax.random.key(6), batch)["mask"] == 1).all()

@@ -283,7 +283,7 @@ def test_errors(leaf, value, error, says):
     batch = {"image": jnp.zeros((B, H, W, 1)), leaf: value}
     for aug in (augment.random_flip(), augment.cutmix()):
         with pytest.raises(error, match=says):
-            aug(KEY, batch)
+            jax.eval_shape(aug, KEY, batch)
     if leaf in ("boxes", "keypoints"):
         with pytest.raises(ValueError, match="jigsaw"):
             augment.jigsaw(2)(KEY, batch)
@@ -300,7 +300,7 @@ def test_errors(leaf, value, error, says):
 def test_mixing_boxes_now_and_then_takes_prob():
     batch = scene()
     with pytest.raises(ValueError, match="prob="):
-        augment.parse("sometimes(0.5, cutmix)")(KEY, batch)
+        jax.eval_shape(augment.parse("sometimes(0.5, cutmix)"), KEY, batch)
 
 
 def test_a_mask_of_examples_is_no_segmentation():
@@ -312,12 +312,12 @@ def test_a_mask_of_examples_is_no_segmentation():
 
 def test_the_low_frequency_crop_scales_what_is_in_the_image():
     batch = scene()
-    out = augment.low_frequency_crop((9, 12))(KEY, batch)
+    out = jax.jit(augment.low_frequency_crop((9, 12)))(KEY, batch)
     np.testing.assert_array_equal(out["mask"], batch["mask"][:, 1::2, 1::2])
     np.testing.assert_array_equal(out["boxes"], batch["boxes"] / 2)
     np.testing.assert_array_equal(out["keypoints"][..., :2], batch["keypoints"][..., :2] / 2)
     with pytest.raises(ValueError, match="two sizes"):
-        augment.multi_crop((8, 4))(KEY, batch)
+        jax.eval_shape(augment.multi_crop((8, 4)), KEY, batch)
 
 
 def test_transplant():
