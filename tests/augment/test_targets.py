@@ -286,11 +286,11 @@ def test_errors(leaf, value, error, says):
             jax.eval_shape(aug, KEY, batch)
     if leaf in ("boxes", "keypoints"):
         with pytest.raises(ValueError, match="jigsaw"):
-            augment.jigsaw(2)(KEY, batch)
+            jax.eval_shape(augment.jigsaw(2), KEY, batch)
         for image in (jnp.zeros((B, 2, H, W, 1)), jnp.zeros((B, W, 1))):
             for text in ("cutmix", "random_crop", "random_flip", "resizemix"):
                 with pytest.raises(ValueError, match=r"go with images \[B, H, W, C\]"):
-                    augment.parse(text)(KEY, {"image": image, leaf: value})
+                    jax.eval_shape(augment.parse(text), KEY, {"image": image, leaf: value})
         video = {"image": jnp.zeros((B, 2, H, W, 1)), leaf: value}
         for text in ("mosaic", "randaugment"):
             with pytest.raises(ValueError, match=r"go with images \[B, H, W, C\]"):
