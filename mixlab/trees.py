@@ -29,8 +29,8 @@ def _part(entry: Any) -> str:
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """Lists `(name, leaf)` in the order of `jax.tree.leaves`, `None` included.
 
-    A name joins the keys of the path with `/`; the name of a bare leaf is the empty string. The
-    variables of Flax NNX are named as they are in the module, without the field `value` in them.
+    A name joins the keys of the path with `/`; the name of a bare leaf is the empty string. A last
+    field called `value` is left out, so that variables of Flax NNX are named as in their module.
     """
     paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
     field = jax.tree_util.GetAttrKey("value")

@@ -74,7 +74,8 @@ class Team:
         Args:
             key: of the run; what is random depends on it and on `time`.
             state: as `begin` or a method gave it.
-            gradients: `Gradients(grads)`, and what else there is; leaves [A, ...].
+            gradients: `Gradients(grads)`, and what else there is; leaves [A, ...]. With `of`, which
+                is a function, they are made within what is jitted.
             time: int32, how many steps were made before.
 
         Raises:

@@ -220,6 +220,25 @@ def as_images(fn: Callable[[Array], Array], image: Array) -> Array:
     return jax.vmap(fn, in_axes=1, out_axes=1)(image) if image.ndim == 5 else fn(image)
 
 
+def pair_of(size: int | Sequence[int], what: str = "size", *, least: int = 1) -> tuple[int, int]:
+    """Height and width from one number for both or a pair.
+
+    Args:
+        size: the number, or the pair.
+        what: its name, for the error.
+        least: how small each may be.
+
+    Raises:
+        ValueError: it is neither, not whole, or too small.
+    """
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2 or not all(isinstance(n, int) and n >= least for n in sides):
+        raise ValueError(
+            f"{what} is a whole number, at least {least}, or a pair of them, got {size!r}"
+        )
+    return sides[0], sides[1]
+
+
 def check_probability(name: str, value: float) -> None:
     """Raises a `ValueError` unless `value` lies in [0, 1]."""
     if not 0.0 <= value <= 1.0:

@@ -14,10 +14,11 @@ from mixlab.augment.core import (
     check_probability,
     entry,
     image_of,
+    pair_of,
     size_of,
     working_dtype,
 )
-from mixlab.augment.ops.resized import check_interpolation, pair_of, resized_boxes
+from mixlab.augment.ops.resized import check_interpolation, resized_boxes
 from mixlab.spec import nearest
 from mixlab.types import Array, Batch, Key, Plan
 
@@ -56,9 +57,7 @@ def random_crop(
         raise ValueError(f"unknown padding mode {mode!r}; {nearest(str(mode), known)}")
     if padding < 0 or padding != int(padding):
         raise ValueError(f"padding is a whole number of pixels, at least 0, got {padding}")
-    wanted = (size, size) if isinstance(size, int) else size
-    if wanted is not None and (len(wanted) != 2 or min(wanted) < 1):
-        raise ValueError(f"size is one positive number or a pair, got {size!r}")
+    wanted = None if size is None else pair_of(size)
 
     def axes_of(image: Array) -> list[tuple[int, int, int]]:
         """Pixels, padding and pixels of the crop, of rows and of columns."""

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.core import Augmentation, image_of, to_dtype, working_dtype
+from mixlab.augment.core import Augmentation, image_of, pair_of, to_dtype, working_dtype
 from mixlab.augment.crops import follow_box
 from mixlab.augment.ops.dispatch import each
-from mixlab.augment.ops.resized import pair_of
 from mixlab.spec import nearest
 from mixlab.types import Array, Batch, Key, Plan
 

@@ -13,6 +13,7 @@ from mixlab.augment.core import (
     entry,
     image_of,
     in_layout,
+    pair_of,
     size_of,
     to_dtype,
     working_dtype,
@@ -55,9 +56,7 @@ def cutout(
     Source: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with
     Cutout", 2017, section 3.2.
     """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or min(sides) < 0:
-        raise ValueError(f"size is a number of pixels, at least 0, or a pair, got {size!r}")
+    sides = pair_of(size, least=0)
 
     def decide(key: Key, draws: tuple[int, int], shape: tuple[int, ...]) -> Array:
         length = jnp.asarray(size_of(shape), jnp.int32)

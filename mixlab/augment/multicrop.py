@@ -6,9 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mixlab.augment.core import Augmentation, check_augmentations, identity, image_of, size_of
+from mixlab.augment.core import (
+    Augmentation,
+    check_augmentations,
+    identity,
+    image_of,
+    pair_of,
+    size_of,
+)
 from mixlab.augment.crops import check_area, random_boxes
-from mixlab.augment.ops.resized import check_interpolation, pair_of, resized_boxes
+from mixlab.augment.ops.resized import check_interpolation, resized_boxes
 from mixlab.augment.targets import refuse
 from mixlab.types import Array, Batch, Key, Plan
 

@@ -16,7 +16,8 @@ some pipelines mark padded examples, is no segmentation and stays as it is.
 
 Ops that move pixels move all of these. Masks are never interpolated, and are 0 where nothing of the
 image is. A box becomes the smallest upright one around its moved corners, cut to the image; boxes
-that left it are all zeros. A keypoint out of the image is not seen.
+that left it are all zeros. A keypoint out of the image is not seen. `jigsaw` refuses boxes and
+keypoints, `multi_crop` all three, and `augmix` leaves them as they are.
 
 Ops that mix images give the union: N of the example and N of each partner, with `box_weight` and
 `keypoint_weight` that say how much of each is there to be seen. A mask is mixed as the pixels are:

@@ -26,7 +26,8 @@ def load(path: str, split: str, image_size: tuple[int, int] | None, memory_bytes
         Images, labels and class names; classes are numbered in the order of their names.
 
     Raises:
-        ValueError: no such folder, no images, something that is no image, sizes that differ.
+        ValueError: no such folder, no images, or too few for a split, something that is no image,
+            sizes that differ.
     """
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
@@ -49,6 +50,11 @@ def load(path: str, split: str, image_size: tuple[int, int] | None, memory_bytes
     targets = np.array(labels, np.int32)
     if not has_splits:
         chosen = stratified_split(targets)[split]
+        if not len(chosen):
+            raise ValueError(
+                f"folder:{path}: no class has the three images of which one is for testing; add "
+                "images, or folders train and test"
+            )
         files, targets = [files[i] for i in chosen], targets[chosen]
 
     headers = [pixels.probe(file) for file in files]

@@ -39,7 +39,8 @@ def load(
     Raises:
         ValueError: no such set or split, or data that break what `Dataset` promises; the message
             names the file or example.
-        ModuleNotFoundError: the name is not built in and TFDS is not installed.
+        ModuleNotFoundError: the package that holds the set, or for others TFDS, is missing.
+        OSError: a TFDS set could not be fetched.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and (len(size) != 2 or min(size) < 1):

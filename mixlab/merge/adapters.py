@@ -35,7 +35,8 @@ def extract_lora(
     """The adapter of a rank that is nearest to what a model learned beyond its base.
 
     A matrix `theta - theta_base = U S V^T` becomes `A = U sqrt(S)` and `B = sqrt(S) V^T`, cut to
-    the `min(rank, #{s > sv_epsilon})` largest singular values. The error, in the Frobenius norm, is
+    the `min(rank, #{s > sv_epsilon})` largest singular values; with `sv_epsilon=0` to the
+    `min(rank, in, out)` largest, also where some are zero. The error, in the Frobenius norm, is
     that of the values that are cut away, and no adapter of that rank has a smaller one. These
     are mergekit's rules; its A and B belong to `[out, in]` and are `A.T` and `B.T`.
 
@@ -99,7 +100,7 @@ def apply_lora(base: PyTree, adapter: Adapter, scale: ArrayLike = 1.0) -> PyTree
 
     Raises:
         ValueError: the adapter names a leaf that is no floating leaf of the base, or whose shape
-            differs; scale is not finite.
+            differs, or has other parts than A and B, or delta; scale is not finite.
     """
     core.check_number(scale, "scale")
     opened = core.open_models([base])
@@ -114,6 +115,11 @@ def apply_lora(base: PyTree, adapter: Adapter, scale: ArrayLike = 1.0) -> PyTree
         leaf = stacked[0]
         if name not in adapter:
             return leaf
+        if adapter[name].keys() not in ({"A", "B"}, {"delta"}):
+            raise ValueError(
+                f"the adapter of leaf {name!r} must hold A and B, or delta, got "
+                f"{sorted(adapter[name])}"
+            )
         parts = {part: value.astype(leaf.dtype) for part, value in adapter[name].items()}
         delta = parts["delta"] if "delta" in parts else spectral.matmul(parts["A"], parts["B"])
         rows = int(np.prod(leaf.shape[:-1]))

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixlab import trees
-from mixlab.merge import core, patterns
+from mixlab.merge import core, geometry, patterns
 from mixlab.types import Array, ArrayLike, Key, Plan, PyTree
 
 
 def average(weights: patterns.PerLeaf | None = None, *, normalize: bool = True) -> core.MergeMethod:
     """The mean of the models, `sum_m w_m theta_m / sum_m w_m`.
 
-    Every entry is averaged on its own; the plan holds the normalised weights `[M]`, by leaf where
-    they were given by pattern. The weights may be traced, so that a row of a mixing matrix can be
-    given under `jit` and `vmap`.
+    Every entry is averaged on its own; NaN comes out as NaN even of a model of weight 0. The plan
+    holds the normalised weights `[M]`, by leaf where they were given by pattern. The weights may
+    be traced, so that a row of a mixing matrix can be given under `jit` and `vmap`.
 
     Args:
         weights: `[M]`, not negative, not all zero; they are divided by their sum. Default: equal.
@@ -134,7 +134,12 @@ def swa(start: int = 0, every: int = 1) -> core.MergeMethod:
         weights[start::every] = 1
         return {"weights": jnp.asarray(weights / weights.sum(), float)}
 
-    return core.MergeMethod(measure, _combine)
+    def combine(plan: Plan, models: PyTree, base: PyTree | None = None) -> PyTree:
+        opened = core.open_models(models, base)
+        merged = opened.leaves.map(lambda name, x: geometry.mixture(plan["weights"], x))
+        return opened.write(merged.read)
+
+    return core.MergeMethod(measure, combine)
 
 
 class Averaged(NamedTuple):

@@ -68,7 +68,8 @@ def chain(*stages: Stage) -> core.MergeMethod:
             one task vector that it leaves.
 
     Raises:
-        TypeError: something else than a stage was given, or a leaf is complex.
+        TypeError: something else than a stage was given, or a leaf is complex
+            and a stage takes signs or order.
         ValueError: there is no `reduce`; at the merge: there is no base.
     """
     for stage in stages:

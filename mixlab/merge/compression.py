@@ -144,7 +144,7 @@ def compress(
     if isinstance(method, twin.TwinMethod):
         return method.parts(models, base, key)
     if not isinstance(method, masks.MaskMethod) or method.one_model:
-        got = "one that makes one model" if isinstance(method, core.MergeMethod) else repr(method)
+        got = "another method" if isinstance(method, core.MergeMethod) else repr(method)
         if isinstance(method, masks.MaskMethod):
             got += "; of compressed tall_masks, .consensus(base, k, scale) makes that of consensus"
         raise TypeError(

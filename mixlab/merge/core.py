@@ -9,7 +9,7 @@ seen, also where a method drops entries or masks them. A method that ranks or co
 it for unchanged from the base meanwhile, so that it decides about no other entry; where leaves are
 factored or models weighed as a whole, more may become NaN. Robust methods (`robust.py`,
 `flag`) are there to withstand such models and do not follow this rule, and a model that a method
-leaves out has no part in it.
+leaves out, as `swa` does those before its start, has no part in it.
 """
 
 import dataclasses

@@ -146,7 +146,8 @@ def diagonal_fisher(
         None stays None.
 
     Raises:
-        ValueError: an unknown mode, no key to sample with, labels that are not `[N]`, no inputs.
+        ValueError: an unknown mode, no key to sample with, labels that are not `[N]` or name no
+            class, no inputs.
         TypeError: labels that are not integers or missing, a complex leaf, a key that is none.
 
     Source: Matena and Raffel 2022, "Merging Models with Fisher-Weighted Averaging", section 3.1;

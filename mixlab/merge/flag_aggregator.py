@@ -17,9 +17,10 @@ def flag(
 
     With the directions `g_m = tau_m / |tau_m|`, the subspace Y of orthonormal columns minimises
     `sum_m sqrt(1 - |Y^T g_m|^2)`, and with `lam` above 0 also the same of all differences
-    `g_i - g_j`, each weighted by `lam / (M (M - 1))`. It is found by iteratively reweighted
-    singular value decompositions; one after the first that does not lower the sum over models is
-    not taken, and ends the search. The merged model is `base + mean_m Y Y^T tau_m`.
+    `g_i - g_j`, both ways, each weighted by `(lam / (M (M - 1)))^2`: as in the authors' code,
+    `lam / (M (M - 1))` is the factor of the columns that are decomposed. It is found by iteratively
+    reweighted singular value decompositions; one after the first that does not lower the sum over
+    models is not taken, and ends the search. The merged model is `base + mean_m Y Y^T tau_m`.
 
     Everything happens in the span of the models, so `measure` adds up one Gram matrix `[M, M]`.
     Directions that make out less than a part in 10^6 of the models' squares are lost to rounding:
@@ -36,7 +37,7 @@ def flag(
     Args:
         rank: the dimension of the subspace, 1 to M.
         iterations: at least 1. The authors' code takes 1.
-        lam: weight of the pairwise terms, at least 0; may be traced.
+        lam: of the pairwise terms, see above, at least 0; may be traced.
         keep_magnitude: False gives `sum_m Y Y^T g_m / rank` beyond the base, which forgets how
             long the task vectors are (the authors' code).
 

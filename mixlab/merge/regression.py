@@ -150,10 +150,10 @@ def grams(
     for layer in wanted:
         if not any(_within(name, layer) for name in totals):
             raise ValueError(
-                f"no linear layer {repr(layer) if layer else 'at all'} was seen, only "
-                f"{sorted(totals)}; give at least one batch, and a function that is not jitted "
-                "and runs nn.Dense, nn.DenseGeneral or nn.Conv with kernels that are leaves of "
-                "variables"
+                f"no linear layer {repr(layer) if layer else 'at all'} was seen, of those that "
+                f"were asked for {sorted(totals) or 'none'}; give at least one batch, names as in "
+                "variables, and a function that is not jitted and runs nn.Dense, nn.DenseGeneral "
+                "or nn.Conv with kernels that are leaves of variables"
             )
 
     def mean(name: str, leaf: Any) -> Array | None:

@@ -369,10 +369,11 @@ def reduce(how: str = "sum") -> Stage:
     """Turns the M task vectors into one.
 
     Args:
-        how: `"sum"`; `"mean"`: the sum divided by the weights of those models whose value is not
-            zero, so that models without a say in an entry do not dilute it; `"max"`: the value
-            of largest magnitude (of equal ones the later model's, as in FusionBench's MagMax),
-            under the elected sign where there was an election.
+        how: `"sum"`; `"mean"`: the sum divided by the magnitudes of the weights of those models
+            whose value is not zero, so that models without a say in an entry do not dilute it
+            (mergekit divides by the weights, which is the same unless one is negative); `"max"`:
+            the value of largest magnitude (of equal ones the later model's, as in FusionBench's
+            MagMax), under the elected sign where there was an election.
 
     Raises:
         ValueError: an unknown choice.

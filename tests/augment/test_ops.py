@@ -125,7 +125,7 @@ def test_refusals():
         ops.rotate(photo(), 3, interpolation="bicubic", dialect="torchvision")
     with pytest.raises(ValueError, match="did you mean 'pil'"):
         ops.rotate(photo(), 3, dialect="pill")
-    for bits in (-1, 9):
+    for bits in (-1, 9, 2.5, np.int64(9)):
         with pytest.raises(ValueError, match=f"0 to 8 bits, got {bits}"):
             ops.posterize(photo(), bits)
     with pytest.raises(ValueError, match=r"lam is the share of ones, in \[0, 1\], got 1.7"):

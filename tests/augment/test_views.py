@@ -322,7 +322,7 @@ def test_flip_upside_down():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("random_resized_crop(0)", "positive whole number"),
+        ("random_resized_crop(0)", "whole number, at least 1"),
         ("random_resized_crop(8, scale=(0.0, 1.0))", "0 < min <= max <= 1"),
         ("random_resized_crop(8, interpolation='cubic')", "did you mean 'bicubic'"),
         ("multi_crop(counts=(0, 6))", "at least one large"),

@@ -169,6 +169,14 @@ def test_folder_without_splits_is_split(tmp_path):
     np.testing.assert_array_equal(values % 10, np.r_[train.labels, test.labels])
 
 
+def test_folder_with_too_few_images_for_a_test(tmp_path):
+    for name in ("a", "b"):
+        _write(tmp_path / name / "0.png", np.zeros((3, 3), np.uint8))
+    assert len(data.load(f"folder:{tmp_path}", "train")) == 2
+    with pytest.raises(ValueError, match="no class has the three images"):
+        data.load(f"folder:{tmp_path}", "test")
+
+
 def test_folder_sizes_and_colours(tmp_path):
     _write(tmp_path / "a" / "grey.png", np.full((4, 4), 100, np.uint8))
     _write(tmp_path / "a" / "photo.JPG", np.full((8, 6, 3), 200, np.uint8))

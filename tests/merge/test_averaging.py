@@ -147,6 +147,9 @@ def test_swa_takes_every_other_checkpoint():
     merged = merge.swa(start=0, every=2)(MODELS)
     expected = mean([1, 0, 1], lambda m: m["head"]["bias"])
     np.testing.assert_allclose(merged["head"]["bias"], expected, rtol=1e-6)
+    diverged = [{"w": jnp.asarray([np.nan, 1.0])}, {"w": jnp.ones(2)}, {"w": jnp.ones(2) * 3}]
+    for method in (merge.swa(start=1), jax.jit(merge.swa(start=1))):
+        np.testing.assert_array_equal(method(diverged)["w"], [2, 2])  # the first does not count
     with pytest.raises(ValueError, match="start=3 leaves none of the 3 checkpoints"):
         merge.swa(3)(MODELS)
     with pytest.raises(ValueError, match="every at least 1"):

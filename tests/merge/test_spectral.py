@@ -234,6 +234,8 @@ def test_adapters_that_do_not_fit():
         merge.apply_lora(base, {"v": adapter["w"]})
     with pytest.raises(ValueError, match=r"leaf 'w' has shape \[4\], but the leaf \[6, 4\]"):
         merge.apply_lora(base, {"w": adapter["bias"]})
+    with pytest.raises(ValueError, match=r"leaf 'w' must hold A and B, or delta, got \['A'\]"):
+        merge.apply_lora({"w": np.zeros((6, 4), np.float32)}, {"w": {"A": np.zeros((6, 2))}})
     with pytest.raises(ValueError, match="leaf 'w' is not alike"):
         merge.merge_lora([adapter, {"w": adapter["bias"]}])
     with pytest.raises(ValueError, match="adapters is empty"):

@@ -8,6 +8,7 @@ from mixlab.augment.core import (
     as_images,
     entry,
     in_layout,
+    pair_of,
     size_of,
     to_dtype,
     unfused,
@@ -217,9 +218,7 @@ def patchmix(
 
     Source: kornia `PatchMix`, after Yun et al., "CutMix", ICCV 2019.
     """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"size is a number of pixels, at least 1, or a pair, got {size!r}")
+    sides = pair_of(size)
 
     def decide(u: Array, shape: tuple[int, ...], key: Key) -> Plan:
         del key

@@ -275,6 +275,7 @@ def mixup(
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: (when applied) a `mask` of classes, which cannot be mixed; one-hot floats can.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, eq. 2.
     """

@@ -76,6 +76,7 @@ def smoothmix(
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: (when applied) a `mask` of classes, which cannot be mixed; one-hot floats can.
 
     Source: Lee et al., "SmoothMix: a Simple Yet Effective Data Augmentation to Train Robust
     Classifiers", CVPR Workshops 2020, section 3.

@@ -11,6 +11,7 @@ from mixlab.augment.core import (
     check_probability,
     entry,
     image_of,
+    pair_of,
     size_of,
     soft_label_of,
     working_dtype,
@@ -133,15 +134,13 @@ def jigsaw(grid: int | tuple[int, int] = 4, *, prob: float = 1.0) -> Augmentatio
 
     Raises:
         ValueError: an argument is out of its range, or (when applied) the tiles do not divide the
-            image.
+            image, or the batch has boxes or keypoints.
 
     Source: Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw
     Puzzles", ECCV 2016, section 3.
     """
     check_probability("prob", prob)
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    if min(rows, columns) < 1:
-        raise ValueError(f"grid is one positive number or a pair, got {grid!r}")
+    rows, columns = pair_of(grid, "grid")
 
     def cut(batch: Batch) -> tuple[Array, tuple[int, int], tuple[int, int]]:
         """The image, the tiles along its height and width, and the height and width of a tile."""

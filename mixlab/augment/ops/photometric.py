@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,7 +91,7 @@ def posterize(image: Array, bits: ArrayLike) -> Array:
     Raises:
         ValueError: `bits` is out of its range; of an array on a device this is not checked.
     """
-    if isinstance(bits, int | float) and not 0 <= bits <= 8:
+    if not isinstance(bits, jax.Array) and bits not in range(9):
         raise ValueError(f"posterize keeps 0 to 8 bits, got {bits}")
     if image.dtype == jnp.uint8:
         shift = 8 - jnp.asarray(bits).astype(jnp.int32)

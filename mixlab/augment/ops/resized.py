@@ -7,10 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixlab.augment.core import (
-    check_image,
-    working_dtype,
-)
+from mixlab.augment.core import check_image, pair_of, working_dtype
 from mixlab.augment.ops.dispatch import each, on_cpu, per_image
 from mixlab.augment.ops.photometric import image_op
 from mixlab.spec import nearest
@@ -18,18 +15,6 @@ from mixlab.types import Array
 
 _TILE = 32
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-
-
-def pair_of(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width from one number for both or a pair.
-
-    Raises:
-        ValueError: it is neither, or not positive.
-    """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(isinstance(n, int) and n >= 1 for n in sides):
-        raise ValueError(f"size is one positive whole number or a pair, got {size!r}")
-    return sides
 
 
 def check_interpolation(interpolation: str) -> None:

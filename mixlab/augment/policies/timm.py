@@ -74,6 +74,7 @@ def timm(
 
     Raises:
         ValueError: a part of the string is unknown or out of its range.
+        TypeError: it is no string.
 
     Source: timm `auto_augment_transform`, `rand_augment_transform`, `augment_and_mix_transform`.
     """
