@@ -133,12 +133,10 @@ def test_errors(tmp_path):
     path = tmp_path / "models.npz"
     merge.save_compressed(path, compressed, base)
     for method, says in (
-        (merge.average(), "model$"),
-        (merge.consensus(), r"model; .*\.consensus\("),
+        (merge.average(), "method$"),
+        (merge.consensus(), r"method; .*\.consensus\("),
     ):
-        with pytest.raises(
-            TypeError, match=f"tall_masks, emr or twin; got one that makes one {says}"
-        ):
+        with pytest.raises(TypeError, match=f"tall_masks, emr or twin; got another {says}"):
             merge.compress(method, models, base=base)
     with pytest.raises(TypeError, match="got 'emr'"):
         merge.compress("emr", models, base=base)
