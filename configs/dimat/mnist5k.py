@@ -16,7 +16,7 @@ Variants: configs/dimat/mnist5k.py:adam   with Adam, as the paper of DIMAT train
 Data:     5,000 real handwritten digits that come with the installation (4,000 to train on).
 Measured: 85 minutes on two cores shared with other work. Ten agents, ring, even data, after the
           last merge: none 85.5, wa 87.8, dimat 88.9, gossip 89.2, dpsgd 87.7 %; all tables in
-          configs/README.md. The variant has not been run.
+          configs/README.md. With Adam (45 minutes on one core): 86.3, 83.8, 88.0, 88.2, 81.6 %.
 """
 
 from ml_collections import ConfigDict
