@@ -20,8 +20,9 @@ class Team:
     """Agents that train together by a strategy, in a loop that you write.
 
     Every method is a pure function of leaves [A, ...], to be jitted; where these are laid out over
-    several devices, so is what it does. Whole experiments, with faults, accounts of what is sent,
-    checkpoints and several processes, are of `mixlab.train`.
+    several devices, so is what it does. The loss is yours to watch: `failed_at` stays as it is.
+    Whole experiments, with faults, accounts of what is sent, checkpoints and several processes,
+    are of `mixlab.train`.
 
     Attributes:
         strategy: such as `agents.dimat(agents.ring(8))`. If its `every` is "round", agents
