@@ -32,6 +32,26 @@ def shuffled():
     return shuffle(jax.random.split(jax.random.key(1), A))
 
 
+@pytest.mark.parametrize("name", agents.strategies.STRATEGIES)
+def test_every_strategy_keeps_the_form_of_its_state(name):
+    """So that its methods can be called again and again, and scanned over."""
+    team = agents.Team(
+        agents.parse(name, agents.complete(A)), tasks.mlp_problem(tasks.adam()), "vmap"
+    )
+    batch = jax.tree.map(lambda x: x[:, 0], tasks.batches(A, (tasks.FEATURES,), 1))
+
+    def of(variables, batch):
+        return tasks.mlp_gradients(variables, batch)[0]
+
+    def step(key, state):
+        grads = jax.vmap(of)(state.variables, batch)
+        return team.step(key, state, agents.Gradients(grads, batch=batch, of=of), 3)
+
+    state = jax.eval_shape(team.begin, stacked())
+    assert jax.eval_shape(step, KEY, state) == state
+    assert jax.eval_shape(team.communicate, KEY, state, 3) == state
+
+
 def test_rounds_of_averaging_follow_the_time():
     topology = agents.one_peer_exponential(A)
     team, variables = plain(agents.wa(topology)), stacked()
