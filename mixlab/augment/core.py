@@ -231,12 +231,12 @@ def pair_of(size: int | Sequence[int], what: str = "size", *, least: int = 1) ->
     Raises:
         ValueError: it is neither, not whole, or too small.
     """
-    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(sides) != 2 or not all(isinstance(n, int) and n >= least for n in sides):
+    sides = tuple(size) if isinstance(size, Sequence | np.ndarray) else (size, size)
+    if len(sides) != 2 or not all(isinstance(n, int | np.integer) and n >= least for n in sides):
         raise ValueError(
             f"{what} is a whole number, at least {least}, or a pair of them, got {size!r}"
         )
-    return sides[0], sides[1]
+    return int(sides[0]), int(sides[1])
 
 
 def check_probability(name: str, value: float) -> None:

@@ -64,7 +64,7 @@ def random_crop(
         signal = image.ndim == 3
         height, width = size_of(image.shape)
         rows, columns = wanted or (height, width)
-        if signal and isinstance(size, int):
+        if signal and size is not None and np.ndim(size) == 0:
             rows = 1
         above = 0 if signal else padding
         if rows > height + 2 * above or columns > width + 2 * padding:

@@ -28,10 +28,11 @@ def write(workdir: str | Path) -> Path:
     fields = [*records.differing(runs), *(["seed"] if records.seeds(runs) else [])]
     with open(workdir / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*fields, *COLUMNS, *tables.communication_columns(runs)])
+        kinds = tables.kinds_sent(runs)
+        writer.writerow([*fields, *COLUMNS, *tables.communication_columns(kinds)])
         for run in runs:
             values = (run.setup["config"][field] for field in fields)
-            writer.writerow([*values, *tables.row(run), *tables.communication_row(run, runs)])
+            writer.writerow([*values, *tables.row(run), *tables.communication_row(run, kinds)])
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):

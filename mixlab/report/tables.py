@@ -39,8 +39,9 @@ def table(runs: list[records.Run]) -> str:
 
 def communication(runs: list[records.Run]) -> str:
     """A Markdown table of what communication cost the runs."""
-    forms = communication_columns(runs)
-    row = functools.partial(communication_row, of=runs)
+    kinds = kinds_sent(runs)
+    forms = communication_columns(kinds)
+    row = functools.partial(communication_row, kinds=kinds)
     return _table(runs, {name: name for name in forms}, forms, row)
 
 
@@ -140,12 +141,17 @@ def row(run: records.Run) -> list[float | None]:
     ]
 
 
-def communication_columns(runs: list[records.Run]) -> dict[str, str]:
-    """What communication cost runs, by the kinds that any of them sent; how a table shows it."""
+def kinds_sent(runs: list[records.Run]) -> list[str]:
+    """What agents sent one another in any run, in the order in which runs tell of it."""
+    return list(dict.fromkeys(kind for run in runs for kind in run.records[-1]["bytes_sent"]))
+
+
+def communication_columns(kinds: list[str]) -> dict[str, str]:
+    """What communication cost, by the kinds that were sent, and how a table shows it."""
     return {
         "rounds": "{:.0f}",
         "messages": "{:.0f}",
-        **{f"{kind} {way}": "{:.2f}" for kind in _kinds(runs) for way in ("sent", "received")},
+        **{f"{kind} {way}": "{:.2f}" for kind in kinds for way in ("sent", "received")},
         "most sent": "{:.2f}",
         "local": "{:.2f}",
         "match": "{:.2f}",
@@ -153,13 +159,8 @@ def communication_columns(runs: list[records.Run]) -> dict[str, str]:
     }
 
 
-def _kinds(runs: list[records.Run]) -> list[str]:
-    """What agents sent one another, in the order in which runs tell of it."""
-    return list(dict.fromkeys(kind for run in runs for kind in run.records[-1]["bytes_sent"]))
-
-
-def communication_row(run: records.Run, of: list[records.Run]) -> list[float | None]:
-    """The values of the `communication_columns` of several runs, for one of them."""
+def communication_row(run: records.Run, kinds: list[str]) -> list[float | None]:
+    """The values of `communication_columns`."""
     last = run.records[-1]
     sent, received = last["bytes_sent"], last["bytes_received"]
     return [
@@ -167,7 +168,7 @@ def communication_row(run: records.Run, of: list[records.Run]) -> list[float | N
         float(np.mean(last["messages"])),
         *(
             float(np.mean(way[kind])) / 1e6 if kind in way else None
-            for kind in _kinds(of)
+            for kind in kinds
             for way in (sent, received)
         ),
         float(np.max(np.sum(list(sent.values()), axis=0))) / 1e6,

@@ -75,6 +75,18 @@ def test_unsound_arguments_are_refused(make, error, words):
         make()
 
 
+def test_sizes_of_numpy_are_sizes():
+    pixels = {"image": jnp.zeros((2, 8, 12, 3))}
+    signal = {"image": jnp.zeros((2, 12, 3))}
+    for four in (4, np.int64(4)):
+        for size in (four, (four, four), np.array([4, 4])):
+            out = jax.eval_shape(augment.random_crop(size), jax.random.key(0), pixels)
+            assert out["image"].shape == (2, 4, 4, 3)
+        for make in (augment.random_crop, augment.jigsaw, augment.cutout, augment.patchmix):
+            out = jax.eval_shape(make(four), jax.random.key(0), signal | {"label": jnp.eye(2)})
+            assert out["image"].shape == (2, 4 if make is augment.random_crop else 12, 3)
+
+
 def test_late_errors():
     with pytest.raises(ValueError, match="does not fit"):
         augment.random_crop(20)(KEY, batch())

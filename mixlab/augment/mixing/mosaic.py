@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixlab.augment import targets
 from mixlab.augment.core import (
@@ -146,7 +147,7 @@ def jigsaw(grid: int | tuple[int, int] = 4, *, prob: float = 1.0) -> Augmentatio
         """The image, the tiles along its height and width, and the height and width of a tile."""
         image = image_of(batch, ranks=(3, 4, 5))
         height, width = size_of(image.shape)
-        tiles = (1, columns) if image.ndim == 3 and isinstance(grid, int) else (rows, columns)
+        tiles = (1, columns) if image.ndim == 3 and np.ndim(grid) == 0 else (rows, columns)
         if height % tiles[0] or width % tiles[1]:
             raise ValueError(
                 f"a jigsaw of {tiles[0]} x {tiles[1]} tiles does not divide an image of "
